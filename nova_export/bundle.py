@@ -1,0 +1,147 @@
+"""The bundle: a folder with a manifest and the files it names, each with size and sha256. Torch-free.
+
+Paths in a manifest are relative and stay inside the folder; files are checked before they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nova_export.config import NovaConfig
+from nova_export.errors import BundleError, CheckpointError
+from nova_export.spec import Stage
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle, as the manifest knows it."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """A stage: its spec, the graph to load, all files that belong to it, its precision and what verifying it found."""
+
+    spec: Stage
+    graph: str
+    files: tuple[str, ...]
+    precision: str
+    verified: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `check` what you are about to use."""
+
+    folder: Path
+    config: NovaConfig
+    target: str
+    source: Mapping[str, Any]
+    tools: Mapping[str, str]
+    stages: Mapping[str, StageEntry]
+    tokenizer: str | None
+    files: Mapping[str, FileEntry]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Bundle:
+        """Read the manifest and make sure that its files are there, in full length. Raises BundleError."""
+        folder = Path(folder)
+        data = _read_manifest(folder)
+        try:
+            bundle = cls(
+                folder=folder,
+                config=NovaConfig.from_dict(data["config"]),
+                target=str(data["target"]),
+                source=data["source"],
+                tools=data["tools"],
+                stages={name: _stage_entry(entry) for name, entry in data["stages"].items()},
+                tokenizer=data["tokenizer"],
+                files={path: FileEntry(int(f["size"]), str(f["sha256"])) for path, f in data["files"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+            raise BundleError(f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error}); build it again") from error
+        bundle._check_manifest()
+        return bundle
+
+    def _check_manifest(self) -> None:
+        for path, entry in self.files.items():
+            if not is_inside(path):
+                raise BundleError(f"{self.folder}: the manifest names {path!r}, which is outside the bundle; do not trust it")
+            try:
+                size = (self.folder / path).stat().st_size
+            except OSError:
+                raise BundleError(f"{self.folder / path}: missing; copy the bundle again or build it again") from None
+            if size != entry.size:
+                raise BundleError(f"{self.folder / path}: has {size} bytes, must have {entry.size}; copy or build it again")
+        named = [path for stage in self.stages.values() for path in (stage.graph, *stage.files)]
+        for path in [*named, *([self.tokenizer] if self.tokenizer else [])]:
+            if path not in self.files:
+                raise BundleError(f"{self.folder / MANIFEST}: uses {path!r} without listing it; build the bundle again")
+
+    def check(self, *paths: str) -> None:
+        """Compare the content of files with the manifest's sha256. Raises BundleError for the first that differs."""
+        for path in paths:
+            if sha256(self.folder / path) != self.files[path].sha256:
+                raise BundleError(f"{self.folder / path}: was changed after it was built (sha256 differs); build it again")
+
+    def path(self, name: str) -> Path:
+        """Where a file of the bundle is."""
+        return self.folder / name
+
+
+def is_inside(path: str) -> bool:
+    """Whether a manifest path is relative and never leaves the folder."""
+    pure = PurePosixPath(path)
+    return bool(path) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in path and ":" not in path
+
+
+def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """Hex digest of a file, read in pieces; `progress` is told the bytes of each. Raises BundleError."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(CHUNK):
+                digest.update(piece)
+                if progress:
+                    progress(len(piece))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle folder; `nova-export build CHECKPOINT -o {folder}` makes one")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{folder}: has no {MANIFEST}, so it is no bundle; `nova-export build` makes one") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON ({error})") from error
+    version = data.get("format") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        way = "update nova-export" if isinstance(version, int) and version > FORMAT_VERSION else "build it again"
+        raise BundleError(f"{path}: has format {version!r}; this nova-export reads format {FORMAT_VERSION}: {way}")
+    return dict(data)
+
+
+def _stage_entry(data: Mapping[str, Any]) -> StageEntry:
+    return StageEntry(
+        spec=Stage.from_dict(data["spec"]),
+        graph=str(data["graph"]),
+        files=tuple(data["files"]),
+        precision=str(data["precision"]),
+        verified=data["verified"],
+    )

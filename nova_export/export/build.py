@@ -1,0 +1,261 @@
+"""Checkpoint -> bundle, stage by stage: load, export, verify, free. Resumable, and atomic at the end.
+
+Work goes on in a hidden folder beside the bundle. A stage finished there, or in the bundle being replaced, is used
+again while its key (weights, config, spec, code, tools, precision) is the same. One rename makes it the bundle.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import nova_export
+from nova_export.bundle import FORMAT_VERSION, MANIFEST, sha256
+from nova_export.config import NovaConfig
+from nova_export.errors import BundleError, OutputError, UsageError
+from nova_export.export.onnx_export import export_onnx
+from nova_export.export.verify import check_cases, reference_cases
+from nova_export.runtime.runner import OrtRunner
+from nova_export.spec import Stage
+from nova_export.stages import stages
+from nova_export.targets import PRECISIONS, TARGETS, Precision, Target, find
+from reference_model.checkpoint import Weights, load_module
+from reference_model.tokenizer import read_tokenizer
+
+TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "numpy")
+TOKENIZER = "tokenizer.json"
+
+Report = Callable[[str, str], object]  # stage name, what is being done to it
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is built from what. Nothing in it changes while a build runs."""
+
+    checkpoint: Path
+    config: NovaConfig
+    target: Target
+    precision: Precision
+    verify: bool
+    tools: dict[str, str]
+    code: str
+
+
+def build_bundle(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    precision: str = "fp32",
+    verify: bool = True,
+    force: bool = False,
+    report: Report = lambda stage, action: None,
+) -> Path:
+    """Write the bundle `out` of a checkpoint folder and return its path.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, corrupt, unsafe or unknown.
+        ExportError: a stage cannot be exported, or differs from the reference.
+        OutputError: `out` exists (unless `force`) or cannot be written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    job = Job(
+        checkpoint=checkpoint,
+        config=NovaConfig.from_checkpoint(checkpoint),
+        target=find(TARGETS, target),
+        precision=find(PRECISIONS, precision),
+        verify=verify,
+        tools=_tool_versions(),
+        code=_code_digest(),
+    )
+    _check_out(out, force)
+    tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
+    specs = stages(job.config)
+    sources = {part: fingerprint(checkpoint / part) for part in sorted({spec.part for spec in specs.values()})}
+    with _work_folder(out) as work:
+        records = {
+            name: _finished_or_built(job, spec, sources[spec.part], work, out, report) for name, spec in specs.items()
+        }
+        files = {path: entry for record in records.values() for path, entry in record["files"].items()}
+        if tokenizer is not None:
+            tokenizer.save(str(work / TOKENIZER))
+            files[TOKENIZER] = _entry(work / TOKENIZER)
+        manifest = {
+            "format": FORMAT_VERSION,
+            "nova_export": nova_export.__version__,
+            "target": job.target.name,
+            "tools": job.tools,
+            "source": {"name": checkpoint.resolve().name, "parts": sources},
+            "config": job.config.to_dict(),
+            "tokenizer": TOKENIZER if tokenizer is not None else None,
+            "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
+            "files": files,
+        }
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _publish(work, out, {MANIFEST, *files})
+    return out
+
+
+def fingerprint(part: Path) -> str:
+    """One digest of the config and safetensors files of a checkpoint's part: its content, not its dates."""
+    digest = hashlib.sha256()
+    paths = {*part.glob("*.json"), *Weights(part).files.values()}
+    for path in sorted(paths):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _finished_or_built(
+    job: Job, spec: Stage, source: str, work: Path, out: Path, report: Report
+) -> dict[str, Any]:
+    """The stage's manifest entry: of an earlier run if it is still good, else of building it now."""
+    key = _stage_key(job, spec, source)
+    for folder in (work, out):
+        record = _read_record(folder, spec.name)
+        if record and record["key"] == key and (record["verified"] or not job.verify) and _adopt(record, folder, work):
+            report(spec.name, "reused")
+            break
+    else:
+        record = {"key": key, **_build_stage(job, spec, work, report)}
+    _write_json(work / f"{spec.name}.json", record)
+    return record
+
+
+def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str, Any]:
+    """Export one stage into `work` and compare it with the reference. Its weights are freed before it returns."""
+    report(spec.name, "loading")
+    module = load_module(spec, job.config, job.checkpoint)
+    graph = work / f"{spec.name}.onnx"
+    report(spec.name, "exporting")
+    export_onnx(spec, module, graph)
+    verified = None
+    if job.verify:
+        report(spec.name, "verifying")
+        cases = reference_cases(spec, job.config, module)
+        del module
+        gc.collect()
+        with OrtRunner(spec, graph) as runner:
+            verified = check_cases(spec, runner, cases)
+    gc.collect()
+    paths = [path for path in (graph, graph.with_name(graph.name + ".data")) if path.exists()]
+    return {
+        "spec": spec.to_dict(),
+        "graph": graph.name,
+        "files": {path.name: _entry(path) for path in paths},
+        "precision": job.precision.name,
+        "verified": verified,
+    }
+
+
+def _stage_key(job: Job, spec: Stage, source: str) -> str:
+    facts = [spec.to_dict(), job.config.to_dict(), source, job.target.name, job.precision.name, job.tools, job.code]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """What a finished stage left in a work folder or a bundle; None where there is nothing usable."""
+    try:
+        if (folder / MANIFEST).exists():
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            record = manifest["stages"][name]
+            return {**record, "files": {path: manifest["files"][path] for path in record["files"]}}
+        return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _adopt(record: dict[str, Any], folder: Path, work: Path) -> bool:
+    """Whether the record's files are whole; links those of another folder into `work`."""
+    try:
+        if any(_entry(folder / path) != entry for path, entry in record["files"].items()):
+            return False
+        for path in record["files"] if folder != work else ():
+            (work / path).unlink(missing_ok=True)
+            os.link(folder / path, work / path)
+    except (OSError, BundleError):
+        return False
+    return True
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _check_out(out: Path, force: bool) -> None:
+    if not out.parent.is_dir():
+        raise OutputError(f"{out.parent}: no such folder; make it first, or choose another place for the bundle")
+    if not os.access(out.parent, os.W_OK):
+        raise OutputError(f"{out.parent}: is not writable; choose another place for the bundle")
+    if out.exists() and not (out / MANIFEST).exists():
+        raise OutputError(f"{out}: exists and is no bundle; choose another name, it will not be overwritten")
+    if out.exists() and not force:
+        raise OutputError(f"{out}: exists; give --force to replace it, stages that did not change are kept")
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """The hidden sibling where a build leaves its finished stages until all are there."""
+    work = out.parent / f".{out.name}.partial"
+    try:
+        work.mkdir(exist_ok=True)
+        with (work / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"{work}: another build of this bundle is running; wait for it or stop it") from None
+            yield work
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or work}: {error.strerror or error}; finished stages are kept in {work}, "
+            "so run the same command again when there is room"
+        ) from error
+
+
+def _publish(work: Path, out: Path, keep: set[str]) -> None:
+    """Drop what is not part of the bundle, then put the folder in its place."""
+    for path in work.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    work.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for tool in TOOLS:
+        try:
+            versions[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _code_digest() -> str:
+    """Digest of the sources that shape a graph: a change in them makes finished stages stale."""
+    package = Path(nova_export.__file__).parent
+    sources = [package / "spec.py", package / "stages.py", package / "config.py", *(package / "export").rglob("*.py")]
+    sources += (package.parent / "reference_model").rglob("*.py")
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""One stage: reference module -> ONNX file, with the spec's names and dynamic axes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nova_export.errors import ExportError
+from nova_export.spec import Stage, Tensor
+
+OPSET = 23  # the first with Attention
+
+
+def trace_sizes(stage: Stage) -> dict[str, int]:
+    """A size for every axis that torch.export keeps symbolic: 0 and 1 get specialised, equal ones may be merged."""
+    return {axis.name: max(2, min(axis.opt, axis.max)) + i for i, axis in enumerate(stage.axes)}
+
+
+def is_dynamic(stage: Stage, size: int | str) -> bool:
+    """Whether a dimension stays symbolic: an axis that may have more than one size."""
+    return isinstance(size, str) and stage.axis(size).min < stage.axis(size).max
+
+
+def example_inputs(stage: Stage, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Zeros of the right names, dtypes and shapes: tracing looks at nothing else."""
+    fixed = {axis.name: axis.min for axis in stage.axes if axis.min == axis.max}
+    shapes = stage.shapes({**sizes, **fixed})
+    return {t.name: torch.zeros(shapes[t.name], dtype=getattr(torch, t.dtype)) for t in stage.inputs}
+
+
+def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
+    """Write `path` and, beside it, `path`.data with the weights.
+
+    Raises:
+        ExportError: the exporter failed, or its graph has other inputs or outputs than the spec.
+    """
+    inputs = example_inputs(stage, trace_sizes(stage))
+    with torch.no_grad(), _quiet():
+        try:
+            program = torch.onnx.export(
+                _Positional(module, tuple(inputs)),
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=(_dynamic_dims(stage),),
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(f"stage {stage.name}: torch.onnx.export failed: {error}") from error
+    assert program is not None
+    graph = program.model.graph
+    _name(stage, graph.inputs, stage.inputs, "inputs")
+    _name(stage, graph.outputs, stage.outputs, "outputs")
+    for initializer in list(graph.initializers.values()):
+        initializer.name = str(initializer.name).removeprefix("module.")
+    program.save(path, external_data=True)
+
+
+class _Positional(nn.Module):
+    """Takes tensors in the spec's order: one calling convention for every stage, however many inputs it has."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.module(**dict(zip(self.names, tensors, strict=True)))
+
+
+def _dynamic_dims(stage: Stage) -> tuple[dict[int, Any], ...]:
+    """Spec axes as torch.export wants them, one dict an input."""
+    dynamic = torch.export.Dim.DYNAMIC
+    return tuple(
+        {i: dynamic for i, size in enumerate(tensor.shape) if is_dynamic(stage, size)} for tensor in stage.inputs
+    )
+
+
+def _name(stage: Stage, values: Any, tensors: tuple[Tensor, ...], kind: str) -> None:
+    if len(values) != len(tensors):
+        raise ExportError(f"stage {stage.name}: the graph has {len(values)} {kind}, the spec {len(tensors)}")
+    for value, tensor in zip(values, tensors, strict=True):
+        if len(value.shape) != len(tensor.shape):
+            raise ExportError(f"stage {stage.name}: {tensor.name} came out as {value.shape}, spec {tensor.shape}")
+        value.name = tensor.name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns of what it does itself; keep that off the user's screen."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+            logger.setLevel(level)

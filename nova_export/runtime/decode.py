@@ -1,0 +1,55 @@
+"""Latents to frames: video VAEs decode tiles of latent frames, each as soon as its latents are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_export.config import Tiling
+from nova_export.runtime.runner import Runner
+
+Floats = NDArray[np.float32]
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Latent frames start..stop, of whose output the first `drop` frames belong to the tile before."""
+
+    start: int
+    stop: int
+    drop: int
+
+
+def tiles(tiling: Tiling, num_latents: int) -> Iterator[Tile]:
+    """Tiles that cover all latents. The last may be shorter, where the published pipeline drops its frames.
+
+    A last tile of one latent would lose its only frame to `drop`: it takes the latent before it along.
+    """
+    start = 0
+    while True:
+        stop = min(start + tiling.latent_frames, num_latents)
+        if start and tiling.drop and stop - start == 1:
+            start -= 1
+        yield Tile(start, stop, tiling.drop if start else 0)
+        if stop == num_latents:
+            return
+        start += tiling.latent_frames - tiling.overlap
+
+
+def decode_tile(runner: Runner, latents: Floats, tile: Tile) -> Frames:
+    """(B, C, L, h, w) -> the tile's frames, uint8 (B, F, H, W, 3). One sample at a time: decoding is what needs memory."""
+    samples = []
+    for sample in latents[:, :, tile.start : tile.stop]:
+        pixels = runner.run({"latents": sample[None]})["pixels"]  # (1, 3, F, H, W)
+        samples.append(to_uint8(pixels[0, :, tile.drop :]))
+    return np.stack(samples)
+
+
+def to_uint8(pixels: Floats) -> Frames:
+    """[-1, 1] (3, F, H, W) -> (F, H, W, 3), truncated as the published pipeline does."""
+    scaled = np.clip(pixels * np.float32(127.5) + np.float32(127.5), 0, 255)
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 3, 0))

@@ -1,0 +1,216 @@
+"""NOVA's loops: frames, sets of tokens within a frame, and what each call of a stage is fed.
+
+The caller gives runners; nothing here knows which backend they are. Both loops are one generator, so the caller
+shows progress, streams finished frames, frees stages between phases, or just stops.
+Letters: B samples, G guidance passes, rows = G * B, N tokens of a frame, P predicted, K predicted now, T steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_export.config import NovaConfig
+from nova_export.runtime.guidance import Guidance
+from nova_export.runtime.noise import TorchGenerator
+from nova_export.runtime.runner import Array, Runner
+from nova_export.runtime.schedule import Schedule
+from nova_export.runtime.tokens import patchify, set_sizes, take, token_positions, unpatchify
+from nova_export.stages import cache_names
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+StageGetter = Callable[[str], Runner]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished AR step. `latents` (B, C, h, w) is the frame so far; `is_last` when the frame is whole."""
+
+    frame: int
+    num_frames: int
+    step: int
+    num_steps: int
+    latents: Floats
+
+    @property
+    def is_last(self) -> bool:
+        return self.step + 1 == self.num_steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request as the loops need it: sizes, tables and choices, all decided before the first stage runs."""
+
+    config: NovaConfig
+    batch: int
+    num_frames: int
+    num_inference_steps: int
+    schedule: Schedule
+    guidance: Guidance
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.guidance.passes
+
+
+@dataclass
+class TemporalState:
+    """What the temporal encoder keeps between frames: caches, how many of their rows are filled, frame 0's context."""
+
+    caches: dict[str, Array]
+    filled: int = 0
+    first_context: Floats | None = None
+    empty_text: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+
+    @classmethod
+    def empty(cls, plan: Plan) -> TemporalState:
+        config, width = plan.config, plan.config.temporal.width
+        capacity = config.condition_tokens + plan.num_frames * config.frame_tokens
+        caches = {name: np.zeros((plan.rows, capacity, width), np.float32) for name in cache_names(config)}
+        return cls(caches, empty_text=np.zeros((plan.rows, 0, width), np.float32))
+
+
+def generate_latents(
+    plan: Plan,
+    stage: StageGetter,
+    condition: Floats,  # (rows, text and motion tokens, D), passes in the order of plan.guidance
+    generator: TorchGenerator,
+    first_frame: Floats | None = None,  # (B, C, h, w): given latents, frame 0 of image to video
+) -> Iterator[Step]:
+    """Every AR step of every generated frame, in order. Frame t's latents are whole at its last step."""
+    state = TemporalState.empty(plan)
+    latents = np.zeros((plan.batch, plan.config.latent_channels, *plan.config.latent_size), np.float32)
+    order: Ints | None = None
+    for frame in range(plan.num_frames):
+        # 1. What the frames before say about this one.
+        context = encode_frame(plan, stage("temporal_encoder"), state, frame, condition, latents)
+        if frame == 0 and first_frame is not None:
+            latents = first_frame
+            continue
+        # 2. One random order for the whole video, drawn at the first step of the first generated frame.
+        if order is None:
+            uniform = generator.uniform((plan.batch, plan.config.num_tokens, 1))
+            order = np.argsort(uniform[..., 0], axis=1, kind="stable")
+        # 3. The frame, set by set.
+        for step in generate_frame(plan, stage, context, order, generator, frame):
+            latents = step.latents
+            yield step
+
+
+def encode_frame(
+    plan: Plan, runner: Runner, state: TemporalState, frame: int, condition: Floats, previous: Floats
+) -> Floats:
+    """The frame's context (rows, M, D). Advances `state` by the rows that this call wrote to the caches."""
+    config, passes = plan.config, plan.guidance.passes
+    starts = np.ones(plan.rows, bool) if frame == 0 else np.repeat(np.array(plan.guidance.starts), plan.batch)
+    position = frame if config.rotary else np.float32(frame) / np.float32(plan.num_frames / config.base_frames)
+    text = condition if frame == 0 else state.empty_text
+    inputs: dict[str, Array] = {
+        "text": text,
+        "latents": np.tile(previous, (passes, 1, 1, 1)),
+        "is_start": starts,
+        "frame_position": np.array([position], np.float32),
+        "cache_length": np.array([state.filled], np.int64),
+        **state.caches,
+    }
+    if config.mixer_rank is not None:
+        first = state.first_context
+        inputs["first_context"] = (
+            np.zeros((plan.rows, config.frame_tokens, config.temporal.width), np.float32) if first is None else first
+        )
+    outputs = runner.run(inputs)
+    state.caches = {name: outputs[f"new_{name}"] for name in state.caches}
+    state.filled += text.shape[1] + config.frame_tokens
+    context: Floats = outputs["context"]
+    if frame == 0:
+        state.first_context = context
+    return context
+
+
+def generate_frame(
+    plan: Plan, stage: StageGetter, context: Floats, order: Ints, generator: TorchGenerator, frame: int
+) -> Iterator[Step]:
+    """The AR steps of one frame. Every frame starts from zero latents with all N tokens masked."""
+    config, passes = plan.config, plan.guidance.passes
+    sizes = set_sizes(config.num_tokens, plan.num_inference_steps)
+    positions = token_positions(config, plan.batch)
+    tokens = np.zeros((plan.batch, config.num_tokens, config.token_dim), np.float32)
+    known = 0
+    for index, size in enumerate(sizes):
+        predicted, chosen = order[:, :known], order[:, known : known + size]
+        # 1. z of the next K tokens, from the P known ones.
+        z = stage("spatial_encoder").run(
+            {
+                "context": context,
+                "tokens": np.tile(take(tokens, predicted), (passes, 1, 1)),
+                "predicted_ids": np.tile(predicted, (passes, 1)),
+                "next_ids": np.tile(chosen, (passes, 1)),
+            }
+        )["z"]
+        # 2. All diffusion steps of these tokens in one call.
+        draws = draw_noise(plan, generator, positions, chosen, order[:, known + size :], predicted)
+        denoised = stage("diffusion_head").run(
+            {
+                "z": z.reshape(passes, plan.batch, size, -1),
+                **draws,
+                **step_tables(plan, (index + 1) / len(sizes)),
+            }
+        )["denoised"]
+        # 3. Into the frame.
+        tokens[np.arange(plan.batch)[:, None], chosen] = denoised
+        known += size
+        yield Step(frame, plan.num_frames, index, len(sizes), unpatchify(tokens, config))
+
+
+def step_tables(plan: Plan, progress: float) -> dict[str, Floats]:
+    """The head's tables but noise: one row a diffusion step."""
+    weights, extra, renorm = plan.guidance.weights(progress, plan.schedule.timesteps)
+    return {
+        "step_coefficients": plan.schedule.coefficients,
+        "step_frequencies": plan.schedule.frequencies(),
+        "step_guidance": weights,
+        "step_extra_guidance": extra,
+        "step_renorm": renorm,
+    }
+
+
+def draw_noise(
+    plan: Plan, generator: TorchGenerator, positions: Ints, chosen: Ints, later: Ints, predicted: Ints
+) -> dict[str, Floats]:
+    """Noise as the published pipeline draws it: of the full latent shape, though only the K chosen tokens use it.
+
+    `step_rest_norm` (T, B) is the squared norm of all other tokens' noisy sample: there the published prediction is
+    the sample itself, so it goes by x' = (a + b) x + s noise, and only guidance_renorm ever looks at it.
+    """
+    shape = (plan.batch, plan.config.latent_channels, *plan.config.latent_size)
+    size = int(np.prod(shape))
+    steps = len(plan.schedule.timesteps)
+    where = take(positions, chosen)  # (B, K, d)
+    needs_rest = plan.guidance.passes > 1 and plan.guidance.renorm < 1
+    rest = take(positions, np.concatenate([predicted, later], axis=1)) if needs_rest else where[:, :0]
+    values = np.concatenate([where.reshape(plan.batch, -1), rest.reshape(plan.batch, -1)], axis=1)
+    first = generator.normal_raw(size).take(values)
+    drawn = plan.schedule.draws_noise
+    later_draws = np.zeros((steps, *values.shape), np.float32)
+    later_draws[drawn] = generator.normal_steps(size, int(drawn.sum()), values)
+    used = where[0].size
+    rest_norm = np.zeros((steps, plan.batch), np.float32)
+    if needs_rest:
+        rest_norm = _rest_norms(plan.schedule, first[:, used:], later_draws[:, :, used:])
+    return {
+        "noise": first[:, :used].reshape(where.shape),
+        "step_noise": later_draws[:, :, :used].reshape(steps, *where.shape),
+        "step_rest_norm": rest_norm,
+    }
+
+
+def _rest_norms(schedule: Schedule, sample: Floats, draws: Floats) -> Floats:
+    norms = []
+    for (a, b, s), noise in zip(schedule.coefficients, draws, strict=True):
+        norms.append(np.square(sample).sum(axis=1))
+        sample = (a + b) * sample + s * noise
+    return np.stack(norms)

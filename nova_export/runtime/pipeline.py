@@ -1,0 +1,219 @@
+"""Pipeline: a bundle, opened, that makes images and videos. No torch.
+
+    pipe = nova_export.load("bundle/")
+    out = pipe("a red circle moving right", max_latent_length=9, seed=1)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_export.bundle import Bundle
+from nova_export.config import NovaConfig
+from nova_export.errors import Cancelled, InputError
+from nova_export.runtime.decode import Frames, Tile, decode_tile, tiles
+from nova_export.runtime.generate import Floats, Plan, Step, generate_latents
+from nova_export.runtime.media import load_image
+from nova_export.runtime.noise import TorchGenerator
+from nova_export.runtime.request import FPS, Request
+from nova_export.runtime.runner import Array, OrtRunner, Runner
+from nova_export.runtime.tokenizer import PromptTokenizer
+
+Callback = Callable[[Step], object]
+
+
+@dataclass(frozen=True)
+class Output:
+    """frames: uint8 (B, F, H, W, 3). latents: float32 (B, C, L, h, w), scaled as the model makes them."""
+
+    frames: Frames
+    latents: Floats
+    seed: int
+
+
+class StageRunners:
+    """Runners of a bundle's stages, opened when first asked for, their files checked then.
+
+    With `low_memory` only the stages of one phase are open at a time (text, image, frame, step, decode).
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 0, low_memory: bool = False) -> None:
+        self.bundle, self.threads, self.low_memory = bundle, threads, low_memory
+        self._open: dict[str, Runner] = {}
+        self._checked: set[str] = set()
+
+    def __call__(self, name: str) -> Runner:
+        if name in self._open:
+            return self._open[name]
+        entry = self.bundle.stages[name]
+        if self.low_memory:
+            self.close(keep_phase=entry.spec.phase)
+        if name not in self._checked:
+            self.bundle.check(*entry.files)
+            self._checked.add(name)
+        runner = OrtRunner(entry.spec, self.bundle.path(entry.graph), self.threads)
+        self._open[name] = runner.__enter__()
+        return self._open[name]
+
+    def close(self, keep_phase: str | None = None) -> None:
+        """Free every open runner, but those of one phase if it is named."""
+        for name in [n for n, runner in self._open.items() if runner.stage.phase != keep_phase]:
+            self._open.pop(name).__exit__(None, None, None)
+
+
+class Pipeline:
+    """Text (or class, or image) to frames, over any set of runners; see `load` for one over a bundle."""
+
+    def __init__(
+        self,
+        config: NovaConfig,
+        stage: Callable[[str], Runner],
+        tokenizer: PromptTokenizer | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self._stage, self._tokenizer, self._close = stage, tokenizer, close
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free all stages. The pipeline opens them again when it is called again."""
+        self._close()
+
+    def __call__(self, prompt: Any, *, callback: Callback | None = None, **arguments: Any) -> Output:
+        """Generate and decode. Arguments are those of `Request`, named and defaulted as the published pipeline's.
+
+        callback: called after every AR step with a `Step`; returning False cancels (raises Cancelled).
+        """
+        request = _request(prompt, arguments)
+        seed = request.resolved_seed()
+        latents = self.latents(request, seed, callback)
+        return Output(self.decode(latents), latents, seed)
+
+    def stream(self, prompt: Any, *, callback: Callback | None = None, **arguments: Any) -> Iterator[Frames]:
+        """Frames uint8 (B, H, W, 3), one by one, each as soon as its tile can be decoded. Arguments as in a call."""
+        request = _request(prompt, arguments)
+        waiting = list(tiles(self.config.tiling, request.max_latent_length))
+        done: list[Floats] = []
+        for latents in self._frames(request, request.resolved_seed(), callback):
+            done.append(latents)
+            while waiting and waiting[0].stop <= len(done):
+                tile = waiting.pop(0)
+                yield from self._decode(np.stack(done, axis=2), tile).swapaxes(0, 1)
+
+    def latents(self, request: Request, seed: int, callback: Callback | None = None) -> Floats:
+        """Latents (B, C, L, h, w) of a request, not decoded."""
+        return np.stack(list(self._frames(request, seed, callback)), axis=2)
+
+    def decode(self, latents: Floats) -> Frames:
+        """Latents (B, C, L, h, w), scaled as the model makes them, to frames uint8 (B, F, H, W, 3)."""
+        wanted = (self.config.latent_channels, *self.config.latent_size)
+        if latents.ndim != 5 or (latents.shape[1], *latents.shape[3:]) != wanted:
+            shape = "(B, {}, L, {}, {})".format(*wanted)
+            raise InputError(f"latents have shape {latents.shape}; this checkpoint's are {shape}")
+        parts = [self._decode(latents, tile) for tile in tiles(self.config.tiling, latents.shape[2])]
+        return np.concatenate(parts, axis=1)
+
+    def _decode(self, latents: Floats, tile: Tile) -> Frames:
+        return decode_tile(self._stage("vae_decoder"), latents, tile)
+
+    def _frames(self, request: Request, seed: int, callback: Callback | None) -> Iterator[Floats]:
+        """Latents (B, C, h, w) of each frame as it is finished."""
+        plan = request.plan(self.config)
+        generator = TorchGenerator(seed)
+        first_frame = self._first_frame(request, plan, generator)
+        condition = self._condition(request, plan)
+        if first_frame is not None:
+            yield first_frame
+        for step in generate_latents(plan, self._stage, condition, generator, first_frame):
+            if callback is not None and callback(step) is False:
+                raise Cancelled(f"cancelled at frame {step.frame + 1} of {step.num_frames}, step {step.step + 1}")
+            if step.is_last:
+                yield step.latents
+
+    def _first_frame(self, request: Request, plan: Plan, generator: TorchGenerator) -> Floats | None:
+        """The given image's latents, one draw of the posterior shared by every sample: (B, C, h, w)."""
+        if request.image is None:
+            return None
+        image, notice = load_image(request.image, *self.config.image_size)
+        if notice:
+            warnings.warn(notice, stacklevel=2)
+        pixels = (image.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
+        posterior = self._stage("vae_encoder").run({"pixels": pixels.transpose(2, 0, 1)[None]})
+        latents: Floats = posterior["latents_mean"]
+        if self.config.vae.get("double_z", True):  # without a variance the published pipeline draws nothing
+            latents = latents + posterior["latents_std"] * generator.normal(latents.shape)
+        return np.repeat(latents, plan.batch, axis=0)
+
+    def _condition(self, request: Request, plan: Plan) -> Floats:
+        """What stands before the first frame (rows, tokens, D): each prompt num_images_per_prompt times in place."""
+        prompts, negatives = request.prompts(self.config), request.negative_prompts(self.config)
+        texts = (prompts, negatives)
+        passes = [text for which in plan.guidance.texts for text in texts[which]]
+        if self.config.is_class_conditional:
+            ids = np.repeat(np.array(passes, np.int64), request.num_images_per_prompt)
+            condition: Floats = self._stage("condition").run({"class_ids": ids})["condition"]
+            return condition
+        states, lengths = self._text_states(passes)
+        inputs: dict[str, Array] = {
+            "text_states": np.repeat(states, request.num_images_per_prompt, axis=0),
+            "text_lengths": np.repeat(lengths, request.num_images_per_prompt),
+        }
+        if self.config.is_video:
+            inputs["motion"] = np.tile(np.array([request.motion_flow, FPS], np.float32), (plan.rows, 1))
+        condition = self._stage("condition").run(inputs)["condition"]
+        return condition
+
+    def _text_states(self, texts: list[str]) -> tuple[Floats, NDArray[np.int64]]:
+        """Hidden states (len(texts), text_len, text dim) and lengths; each different text is encoded once.
+
+        Each runs at its true length: the encoder is causal, so padding never changes a prompt's own tokens.
+        """
+        assert self._tokenizer is not None and self.config.text_dim is not None
+        encoded: dict[str, Floats] = {}
+        for text in dict.fromkeys(texts):
+            ids, notice = self._tokenizer.encode(text)
+            if notice:
+                warnings.warn(notice, stacklevel=2)
+            token_ids = np.array([ids], np.int64)
+            encoded[text] = (
+                self._stage("text_encoder").run({"token_ids": token_ids})["text_states"][0]
+                if ids
+                else np.zeros((0, self.config.text_dim), np.float32)
+            )
+        states = np.zeros((len(texts), self.config.text_len, self.config.text_dim), np.float32)
+        for row, text in zip(states, texts, strict=True):
+            row[: len(encoded[text])] = encoded[text]
+        return states, np.array([len(encoded[text]) for text in texts], np.int64)
+
+
+def load(bundle: str | Path, *, threads: int = 0, low_memory: bool = False) -> Pipeline:
+    """Open a bundle. Stages are loaded, and their files checked, when they are first needed.
+
+    threads: of ONNX Runtime; 0 leaves their number to it. low_memory: keep only one phase's stages loaded.
+    Raises BundleError.
+    """
+    opened = Bundle.open(bundle)
+    runners = StageRunners(opened, threads, low_memory)
+    tokenizer = None
+    if opened.tokenizer:
+        opened.check(opened.tokenizer)
+        tokenizer = PromptTokenizer(opened.path(opened.tokenizer), opened.config.text_len)
+    return Pipeline(opened.config, runners, tokenizer, runners.close)
+
+
+def _request(prompt: Any, arguments: dict[str, Any]) -> Request:
+    """Raises TypeError for an unknown argument, as any Python call."""
+    return Request(prompt=prompt, **arguments)

@@ -1,0 +1,84 @@
+"""Runners: one surface for whatever executes a stage.
+
+A runner is opened with `with`, fed a dict of numpy arrays and gives a dict back. It checks its inputs against the
+stage's spec, and writes aliased outputs into the input arrays that they alias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_export.errors import BundleError, StageError
+from nova_export.spec import Stage
+
+Array = NDArray[Any]
+
+
+class Runner(Protocol):
+    """What the pipeline asks of ONNX Runtime, TensorRT, PyTorch or a fake."""
+
+    stage: Stage
+
+    def __enter__(self) -> Runner: ...
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
+
+
+class OrtRunner:
+    """A stage on ONNX Runtime's CPU provider. `threads` 0 leaves their number to ONNX Runtime."""
+
+    def __init__(self, stage: Stage, path: Path, threads: int = 0) -> None:
+        self.stage, self.path, self.threads = stage, path, threads
+        self._session: Any = None
+
+    def __enter__(self) -> OrtRunner:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3  # errors; they are raised as well
+        try:
+            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has no public base class for its errors
+            raise BundleError(f"{self.path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session = None
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name. Raises StageError: wrong inputs, or ONNX Runtime failed."""
+        self.stage.bind(inputs)
+        if self._session is None:
+            raise StageError(f"stage {self.stage.name}: its runner is not open; use it in a with block")
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        try:
+            if any(tensor.alias for tensor in self.stage.outputs):
+                return self._run_in_place(arrays)
+            names = [tensor.name for tensor in self.stage.outputs]
+            return dict(zip(names, self._session.run(names, arrays), strict=True))
+        except Exception as error:
+            raise StageError(f"stage {self.stage.name}: ONNX Runtime failed: {error}") from error
+
+    def _run_in_place(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Bind each aliased output to its input's own memory: kernels that scatter into it then copy nothing."""
+        import onnxruntime as ort
+
+        binding = self._session.io_binding()
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for tensor in self.stage.outputs:
+            if tensor.alias:
+                binding.bind_ortvalue_output(tensor.name, values[tensor.alias])
+            else:
+                binding.bind_output(tensor.name, "cpu")
+        self._session.run_with_iobinding(binding)
+        fresh = dict(zip([t.name for t in self.stage.outputs], binding.get_outputs(), strict=True))
+        return {t.name: arrays[t.alias] if t.alias else fresh[t.name].numpy() for t in self.stage.outputs}

@@ -1,0 +1,113 @@
+"""The diffusion head: a small MLP that denoises each token on its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+
+from nova_export.config import FREQUENCIES, NovaConfig
+from reference_model.layers import AdaLayerNorm, PatchEmbed, Projector
+
+
+class TimeCondition(nn.Module):
+    """MLP_t of the timestep's frequencies, MLP_z of the spatial encoder's z; the condition is their sum."""
+
+    def __init__(self, cond_dim: int, width: int) -> None:
+        super().__init__()
+        self.timestep_proj = Projector(FREQUENCIES, width)
+        self.condition_proj = Projector(cond_dim, width)
+
+
+class HeadBlock(nn.Module):
+    """x + gate * LN(MLP(LN(x) * (1 + scale) + shift)), with (scale, shift, gate) from the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = AdaLayerNorm(width, stats=3)
+        self.proj = Projector(width, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift, gate = self.norm1.statistics(condition)
+        return x + gate * self.norm2(self.proj(self.norm1.norm(x) * (1 + scale) + shift))
+
+
+class HeadNetwork(nn.Module):
+    """One evaluation: noisy tokens and condition to the model's prediction."""
+
+    def __init__(self, config: NovaConfig) -> None:
+        super().__init__()
+        width = config.head.width
+        self.patch_embed = PatchEmbed(config.latent_channels, width, config.patch)
+        self.time_cond_embed = TimeCondition(config.spatial.width, width)
+        self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(config.head.depth))
+        self.norm = AdaLayerNorm(width, stats=2)
+        self.head = nn.Linear(width, config.token_dim)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """tokens (..., p * p * C) and condition (..., head width), broadcast, -> (..., p * p * C)."""
+        x = self.patch_embed.embed(tokens)
+        for block in self.blocks:
+            x = block(x, condition)
+        scale, shift = self.norm.statistics(condition)
+        return self.head(self.norm.norm(x) * (1 + scale) + shift)
+
+
+class DiffusionHead(nn.Module):
+    """All T steps of one AR step in one call, for any scheduler, number of steps and guidance.
+
+    What a step does stands in one row of each `step_*` table, so the graph knows no scheduler: see
+    nova_export/runtime/schedule.py and guidance.py. MLP_z and MLP_t are hoisted out of the loop.
+    """
+
+    def __init__(self, config: NovaConfig) -> None:
+        super().__init__()
+        self.image_decoder = HeadNetwork(config)
+
+    def forward(
+        self,
+        z: Tensor,  # (G, B, K, D)
+        noise: Tensor,  # (B, K, d)
+        step_noise: Tensor,  # (T, B, K, d)
+        step_coefficients: Tensor,  # (T, 3): a, b, s
+        step_frequencies: Tensor,  # (T, 256)
+        step_guidance: Tensor,  # (T, G)
+        step_extra_guidance: Tensor,  # (T, G)
+        step_renorm: Tensor,  # (T, 1)
+        step_rest_norm: Tensor,  # (T, B)
+    ) -> Tensor:
+        """Denoised tokens (B, K, d)."""
+        network = self.image_decoder
+        condition_z = network.time_cond_embed.condition_proj(z)  # (G, B, K, width)
+        condition_t = network.time_cond_embed.timestep_proj(step_frequencies)  # (T, width)
+
+        def step(x: Tensor, row: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            time, coefficients, guidance, extra_guidance, renorm, rest_norm, fresh_noise = row
+            prediction = network(x, condition_z + time)  # (G, B, K, d)
+            guided = (prediction * guidance[:, None, None, None]).sum(0)
+            guided = guided * norm_ratio(prediction[0], guided, rest_norm).clamp(max=1).maximum(renorm)[:, None, None]
+            guided = guided + (prediction * extra_guidance[:, None, None, None]).sum(0)
+            x = coefficients[0] * x + coefficients[1] * guided + coefficients[2] * fresh_noise
+            return x, x[:1, :1, :1].clone()
+
+        rows = (
+            condition_t,
+            step_coefficients,
+            step_guidance,
+            step_extra_guidance,
+            step_renorm,
+            step_rest_norm,
+            step_noise,
+        )
+        denoised, _ = scan(step, noise, rows)
+        return denoised
+
+
+def norm_ratio(conditional: Tensor, guided: Tensor, rest_norm: Tensor) -> Tensor:
+    """||cond|| / ||guided|| per sample over the whole latent: (B, K, d) twice, (B,) -> (B,).
+
+    `rest_norm` is the squared norm of the tokens not predicted now: there both predictions are the noisy sample.
+    """
+    squares = [tokens.square().sum((1, 2)) + rest_norm for tokens in (conditional, guided)]
+    return torch.sqrt(squares[0] / squares[1])
