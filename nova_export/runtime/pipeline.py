@@ -99,7 +99,7 @@ class Pipeline:
         """
         request = _request(prompt, arguments)
         seed = request.resolved_seed()
-        latents = self.latents(request, seed, callback)
+        latents = self.latents(request, TorchGenerator(seed), callback)
         return Output(self.decode(latents), latents, seed)
 
     def stream(self, prompt: Any, *, callback: Callback | None = None, **arguments: Any) -> Iterator[Frames]:
@@ -107,15 +107,15 @@ class Pipeline:
         request = _request(prompt, arguments)
         waiting = list(tiles(self.config.tiling, request.max_latent_length))
         done: list[Floats] = []
-        for latents in self._frames(request, request.resolved_seed(), callback):
+        for latents in self._frames(request, TorchGenerator(request.resolved_seed()), callback):
             done.append(latents)
             while waiting and waiting[0].stop <= len(done):
                 tile = waiting.pop(0)
                 yield from self._decode(np.stack(done, axis=2), tile).swapaxes(0, 1)
 
-    def latents(self, request: Request, seed: int, callback: Callback | None = None) -> Floats:
-        """Latents (B, C, L, h, w) of a request, not decoded."""
-        return np.stack(list(self._frames(request, seed, callback)), axis=2)
+    def latents(self, request: Request, generator: TorchGenerator, callback: Callback | None = None) -> Floats:
+        """Latents (B, C, L, h, w) of a request, not decoded, from any source of noise."""
+        return np.stack(list(self._frames(request, generator, callback)), axis=2)
 
     def decode(self, latents: Floats) -> Frames:
         """Latents (B, C, L, h, w), scaled as the model makes them, to frames uint8 (B, F, H, W, 3)."""
@@ -129,10 +129,9 @@ class Pipeline:
     def _decode(self, latents: Floats, tile: Tile) -> Frames:
         return decode_tile(self._stage("vae_decoder"), latents, tile)
 
-    def _frames(self, request: Request, seed: int, callback: Callback | None) -> Iterator[Floats]:
+    def _frames(self, request: Request, generator: TorchGenerator, callback: Callback | None) -> Iterator[Floats]:
         """Latents (B, C, h, w) of each frame as it is finished."""
         plan = request.plan(self.config)
-        generator = TorchGenerator(seed)
         first_frame = self._first_frame(request, plan, generator)
         condition = self._condition(request, plan)
         if first_frame is not None:
