@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
@@ -51,7 +52,7 @@ def check_writable(path: str | Path) -> None:
         raise _output_error(path, error) from error
 
 
-def save_frames(path: str | Path, frames: Frames, fps: int = 12) -> None:
+def save_frames(path: str | Path, frames: Frames, fps: float = 12) -> None:
     """Write uint8 frames (F, H, W, 3) as the path's suffix says: .mp4, .gif, or .png for the first frame.
 
     The mp4 is H.264, yuv420p, BT.709, index first, so that browsers play it while it loads; an odd height or
@@ -71,7 +72,7 @@ def save_frames(path: str | Path, frames: Frames, fps: int = 12) -> None:
     _write_whole(path, writers[path.suffix.lower()])
 
 
-def save_outputs(path: str | Path, frames: Frames, latents: NDArray[np.float32], fps: int = 12) -> list[Path]:
+def save_outputs(path: str | Path, frames: Frames, latents: NDArray[np.float32], fps: float = 12) -> list[Path]:
     """Write a batch of videos, frames uint8 (B, F, H, W, 3), and return the paths written.
 
     .npz holds the whole batch: arrays `frames` and `latents` (B, C, L, h, w). Other suffixes hold one video
@@ -232,14 +233,14 @@ def _check_h264(path: Path) -> None:
         )
 
 
-def _write_mp4(path: Path, frames: Frames, fps: int) -> None:
+def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     # An absolute name: a colon in a relative one would read as a protocol.
     with av.open(str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(H264, rate=fps, options={"crf": "18"})
+        stream = container.add_stream(H264, rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
         stream.height, stream.width = even.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # Said in the file, or players guess the matrix from the size and colours shift.
@@ -253,7 +254,7 @@ def _write_mp4(path: Path, frames: Frames, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: Frames, fps: int) -> None:
+def _write_gif(path: Path, frames: Frames, fps: float) -> None:
     from PIL import Image
 
     def to_256_colours(pixels: Frames) -> PILImage.Image:

@@ -32,11 +32,14 @@ Callback = Callable[[Step], object]
 
 @dataclass(frozen=True)
 class Output:
-    """frames: uint8 (B, F, H, W, 3). latents: float32 (B, C, L, h, w), scaled as the model makes them."""
+    """frames: uint8 (B, F, H, W, 3). latents: float32 (B, C, L, h, w), scaled as the model makes them.
+
+    seed: what the noise was drawn from; None where latents were given.
+    """
 
     frames: Frames
     latents: Floats
-    seed: int
+    seed: int | None
 
 
 class StageRunners:

@@ -21,6 +21,24 @@ from nova_export.stages import MAX_BATCH, MAX_FRAMES
 
 FPS = 12  # frames a second that published checkpoints are trained and conditioned on
 
+HELP = {  # one line an argument, for the command line and the docs
+    "negative_prompt": "What to guide away from; the empty prompt if not given.",
+    "image": "Image to video: a file that becomes the first frame (video checkpoints).",
+    "num_images_per_prompt": "Samples of each prompt.",
+    "max_latent_length": "Latent frames to generate; 1 makes an image.",
+    "num_inference_steps": "Autoregressive steps of a frame.",
+    "num_diffusion_steps": "Denoising steps of each autoregressive step.",
+    "guidance_scale": "Classifier-free guidance; 1 or less turns it off.",
+    "min_guidance_scale": "Guidance at the first AR step, growing linearly to guidance_scale at the last.",
+    "guidance_trunc": "Below this timestep only the conditional pass counts.",
+    "guidance_renorm": "Least factor by which a guided prediction is scaled back to the conditional's norm; 1 is off.",
+    "image_guidance_scale": "Guidance by the previous frames, with a third pass.",
+    "spatiotemporal_guidance_scale": "Guidance against a perturbed third pass.",
+    "flow_shift": "Shift of the timestep schedule (flow-matching checkpoints).",
+    "motion_flow": "Mean optical-flow magnitude to ask for (video checkpoints).",
+    "seed": "Draws as torch's CPU generator; a random one if not given.",
+}
+
 Prompt = str | int | Sequence[str] | Sequence[int]
 
 

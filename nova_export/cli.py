@@ -1,0 +1,244 @@
+"""The command line: parses and prints, nothing else. Every command calls one function of the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nova_export.errors import BundleError, DependencyError, NovaExportError, UsageError
+
+EXIT_INTERRUPTED = 130
+EXIT_BUG = 70
+
+Command = Callable[..., Any]
+
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="nova-export")
+def cli() -> None:
+    """A NOVA checkpoint to a deployable bundle, and videos from it without PyTorch."""
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
+@click.option("--target", default="cpu", show_default=True, help="What the bundle runs on.")
+@click.option("--precision", default="fp32", show_default=True, help="Precision of weights and arithmetic.")
+@click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")
+@quiet_option
+def build(
+    checkpoint: Path, out: Path, target: str, precision: str, verify: bool, force: bool, quiet: bool
+) -> None:
+    """Export CHECKPOINT (a published NOVA folder) to a bundle. Needs the `export` extra.
+
+    A build that was stopped goes on where it was when the same command is run again.
+    """
+    build_bundle = _exporter("nova_export.export.build").build_bundle
+    from nova_export.progress import StageProgress
+
+    progress = StageProgress(quiet)
+    try:
+        path = build_bundle(
+            checkpoint, out, target=target, precision=precision, verify=verify, force=force, report=progress
+        )
+    finally:
+        progress.done()
+    click.echo(path)
+
+
+def generation_options(command: Command) -> Command:
+    """The arguments of `Request`, as --kebab-case, named and defaulted as the published pipeline's."""
+    from dataclasses import fields
+
+    from nova_export.runtime.request import HELP, Request
+
+    for field in reversed(fields(Request)):
+        if field.name == "prompt":
+            continue
+        kind = {"int": int, "float": float}.get(str(field.type).removesuffix(" | None"), str)
+        command = click.option(
+            "--" + field.name.replace("_", "-"),
+            type=kind,
+            default=field.default,
+            show_default=field.default is not None,
+            help=HELP[field.name],
+            multiple=False,
+        )(command)
+    return command
+
+
+@cli.command()
+@click.argument("prompt", nargs=-1)
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder, made by `nova-export build`.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True,
+    help="File to write: .mp4, .gif, .png (first frame) or .npz (frames and latents).",
+)  # fmt: skip
+@generation_options
+@click.option("--fps", type=click.FloatRange(min=1, max=240), default=12, show_default=True, help="Frames a second of the file.")
+@click.option("--save-latents", type=click.Path(path_type=Path), help="Also write the latents to this .npz.")
+@click.option("--from-latents", type=click.Path(path_type=Path), help="Decode the latents of this .npz; no PROMPT.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime.")
+@click.option("--low-memory", is_flag=True, help="Keep only the stages of one phase loaded.")
+@quiet_option
+@json_option
+def run(
+    prompt: tuple[str, ...],
+    bundle: Path | None,
+    out: Path,
+    fps: float,
+    save_latents: Path | None,
+    from_latents: Path | None,
+    threads: int,
+    low_memory: bool,
+    quiet: bool,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Generate from PROMPT (several make a batch; class ids for class-conditional bundles) and write a file."""
+    from nova_export.progress import say
+    from nova_export.runtime.media import check_writable, save_outputs
+    from nova_export.runtime.pipeline import load
+
+    started = time.monotonic()
+    if bundle is None:
+        raise UsageError("no bundle given; --bundle FOLDER names one, `nova-export build CHECKPOINT -o FOLDER` makes it")
+    for path in (out, save_latents):
+        if path is not None:
+            check_writable(path)
+    pipe = load(bundle, threads=threads, low_memory=low_memory)
+    if from_latents is not None:
+        output = _decode(pipe, from_latents, prompt)
+    else:
+        output = _generate(pipe, prompt, arguments, quiet)
+    written = save_outputs(out, output.frames, output.latents, fps)
+    if save_latents is not None:
+        written += save_outputs(save_latents, output.frames, output.latents, fps)
+    seconds = time.monotonic() - started
+    if as_json:
+        files = [str(path) for path in written]
+        shape = list(output.frames.shape)
+        click.echo(json.dumps({"files": files, "seed": output.seed, "frames": shape, "seconds": round(seconds, 3)}))
+        return
+    for path in written:
+        click.echo(path)
+    if not quiet:
+        batch, count, height, width, _ = output.frames.shape
+        seed = "" if output.seed is None else f", seed {output.seed}"
+        say(f"{batch} x {count} frames of {width}x{height}{seed}, {seconds:.1f} s")
+        if count == 1 and pipe.config.is_video and out.suffix in (".mp4", ".gif") and from_latents is None:
+            say(f"one frame only: --max-latent-length {pipe.config.base_frames} makes a video")
+
+
+def _generate(pipe: Any, prompts: tuple[str, ...], arguments: dict[str, Any], quiet: bool) -> Any:
+    from nova_export.progress import GenerationProgress
+
+    if not prompts:
+        raise UsageError('no PROMPT given; nova-export run "a red circle moving right" --bundle FOLDER')
+    class_conditional = pipe.config.is_class_conditional
+    texts = [_class_id(text) for text in prompts] if class_conditional else list(prompts)
+    if class_conditional and arguments["negative_prompt"] is not None:
+        arguments["negative_prompt"] = _class_id(arguments["negative_prompt"])
+    with GenerationProgress(quiet) as progress:
+        return pipe(texts, callback=progress, **arguments)
+
+
+def _decode(pipe: Any, path: Path, prompts: tuple[str, ...]) -> Any:
+    from nova_export.runtime.media import load_latents
+    from nova_export.runtime.pipeline import Output
+
+    if prompts:
+        raise UsageError("--from-latents decodes what was generated before; leave the PROMPT out")
+    latents = load_latents(path)
+    return Output(pipe.decode(latents), latents, seed=None)
+
+
+def _class_id(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no class id; this bundle is class-conditional and takes 0 to 999") from None
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--hash/--no-hash", "check", default=True, help="Compare every file with its sha256.")
+@quiet_option
+@json_option
+def inspect(bundle: Path, check: bool, quiet: bool, as_json: bool) -> None:
+    """Print the stages of BUNDLE, their shapes, sizes and precision, and check its files."""
+    from nova_export.bundle import Bundle
+    from nova_export.inspect import describe, format_table
+
+    opened = Bundle.open(bundle)
+    described = describe(opened)
+    if check:
+        opened.check(*opened.files)
+        described["hashes"] = "match"
+    click.echo(json.dumps(described, indent=1) if as_json else format_table(described))
+
+
+def _exporter(module: str) -> Any:
+    """A module that needs torch. Raises DependencyError where the extra is not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"this command needs {error.name!r}, which is not installed: pip install 'nova-export[export]'"
+        ) from error
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command and exits with the code of what went wrong (see nova_export/errors.py)."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", category=UserWarning, module="nova_export")
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
+    try:
+        cli.main(arguments, prog_name="nova-export", standalone_mode=False)
+    except NovaExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped; nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BundleError.exit_code
+    except MemoryError as error:
+        print(f"error: out of memory ({error}); try --low-memory, or a shorter or smaller video", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if os.environ.get("NOVA_EXPORT_DEBUG"):
+            raise
+        print(
+            f"internal error: {type(error).__name__}: {error}. This is a bug: please report it with the output of "
+            "the same command under NOVA_EXPORT_DEBUG=1",
+            file=sys.stderr,
+        )
+        return EXIT_BUG
+    return 0

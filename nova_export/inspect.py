@@ -1,0 +1,77 @@
+"""What a bundle holds, as plain data and as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nova_export.bundle import Bundle, StageEntry
+from nova_export.spec import Tensor
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Stages with shapes, axes, bytes and precision; where the bundle comes from and what built it."""
+    config = bundle.config
+    return {
+        "bundle": str(bundle.folder),
+        "source": bundle.source["name"],
+        "target": bundle.target,
+        "kind": "class to image" if config.is_class_conditional else "video" if config.is_video else "image",
+        "pixels": list(config.image_size),
+        "tools": dict(bundle.tools),
+        "bytes": sum(entry.size for entry in bundle.files.values()),
+        "stages": {name: _stage(bundle, entry) for name, entry in bundle.stages.items()},
+    }
+
+
+def _stage(bundle: Bundle, entry: StageEntry) -> dict[str, Any]:
+    spec = entry.spec
+    return {
+        "precision": entry.precision,
+        "bytes": sum(bundle.files[path].size for path in entry.files),
+        "inputs": {tensor.name: _shape(tensor) for tensor in spec.inputs},
+        "outputs": {tensor.name: _shape(tensor) for tensor in spec.outputs},
+        "axes": {axis.name: [axis.min, axis.opt, axis.max] for axis in spec.axes},
+        "verified": entry.verified,
+    }
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{tensor.dtype} ({', '.join(map(str, tensor.shape))})"
+
+
+def format_table(described: dict[str, Any]) -> str:
+    """The description for a person; caches of the same shape are one line."""
+    height, width = described["pixels"]
+    lines = [
+        f"{described['bundle']}: {described['source']}, {described['kind']} {width}x{height}, "
+        f"target {described['target']}, {_bytes(described['bytes'])}",
+        "built with " + ", ".join(f"{tool} {version}" for tool, version in described["tools"].items()),
+    ]
+    for name, stage in described["stages"].items():
+        verified = stage["verified"]
+        found = f"within {verified['max_abs_diff']:.1e} of the reference" if verified else "not verified"
+        lines.append(f"\n{name}  {stage['precision']}  {_bytes(stage['bytes'])}  {found}")
+        for kind in ("inputs", "outputs"):
+            lines += [f"  {kind[:-1]:<7}{tensor}" for tensor in _tensors(stage[kind])]
+        if stage["axes"]:
+            axes = (f"{axis} {low}..{high} (usually {usual})" for axis, (low, usual, high) in stage["axes"].items())
+            lines.append("  where  " + ", ".join(axes))
+    if described.get("hashes"):
+        lines.append(f"\nall files match their sha256: the bundle is whole")
+    return "\n".join(lines)
+
+
+def _tensors(tensors: dict[str, str]) -> list[str]:
+    """Lines "name shape"; a run of tensors that differ by their number only becomes one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, shape in tensors.items():
+        groups.setdefault((name.rstrip("0123456789"), shape), []).append(name)
+    return [f"{names[0]}{f' … {names[-1]}' if len(names) > 1 else ''}  {shape}" for (_, shape), names in groups.items()]
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:.3g} GB"

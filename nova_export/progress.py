@@ -1,0 +1,89 @@
+"""Progress on stderr: bars in a terminal, plain lines elsewhere, nothing when quiet. Knows no stage by name."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from nova_export.runtime.generate import Step
+
+LINE_SECONDS = 10.0  # between plain lines of the same work
+
+
+class GenerationProgress:
+    """A callback for `Pipeline`: one bar over frames, one over the AR steps of the current frame."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bars: list[Any] = []
+        self._said = time.monotonic()
+
+    def __enter__(self) -> GenerationProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for bar in reversed(self._bars):
+            bar.close()
+        self._bars = []
+
+    def __call__(self, step: Step) -> None:
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._show(step)
+        elif time.monotonic() - self._said >= LINE_SECONDS:
+            self._said = time.monotonic()
+            say(f"frame {step.frame + 1}/{step.num_frames}, step {step.step + 1}/{step.num_steps}")
+
+    def _show(self, step: Step) -> None:
+        from tqdm import tqdm
+
+        if not self._bars:
+            self._bars = [
+                tqdm(total=step.num_frames, desc="frames", unit="frame", position=0, initial=step.frame),
+                tqdm(total=step.num_steps, desc="steps", unit="step", position=1, leave=False),
+            ]
+        frames, steps = self._bars
+        if step.step == 0:
+            steps.reset(total=step.num_steps)
+        steps.update(1)
+        if step.is_last:
+            frames.update(step.frame + 1 - frames.n)
+
+
+class StageProgress:
+    """A report for `build_bundle`: a line for what each stage goes through, with the seconds it took."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._stage = ""
+        self._since = time.monotonic()
+
+    def __call__(self, stage: str, action: str) -> None:
+        if self.quiet:
+            return
+        if stage != self._stage:
+            self.done()
+            self._stage, self._since = stage, time.monotonic()
+        if sys.stderr.isatty():
+            print(f"\r\033[K{stage}: {action} …", end="", file=sys.stderr, flush=True)
+        elif action == "reused":
+            say(f"{stage}: reused")
+
+    def done(self) -> None:
+        """Finish the line of the last stage."""
+        if self.quiet or not self._stage:
+            return
+        seconds = time.monotonic() - self._since
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{clear}{self._stage}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+        self._stage = ""
+
+
+def say(message: str) -> None:
+    """A line on stderr: what a person wants to know, and no program reads."""
+    print(message, file=sys.stderr, flush=True)
