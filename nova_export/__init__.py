@@ -1,4 +1,4 @@
-"""nova-export: a NOVA checkpoint to deployable ONNX and TensorRT bundles, and videos from them without PyTorch."""
+"""A NOVA checkpoint to deployable ONNX and TensorRT bundles, and videos from them without PyTorch."""
 
 from nova_export.runtime.pipeline import Output, Pipeline, load
 from nova_export.runtime.request import Request

@@ -14,7 +14,9 @@ from typing import Any
 
 from nova_export.config import NovaConfig
 from nova_export.errors import BundleError, CheckpointError
+from nova_export.onnx_files import external_files
 from nova_export.spec import Stage
+from nova_export.stages import stages
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -31,7 +33,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class StageEntry:
-    """A stage: its spec, the graph to load, all files that belong to it, its precision and what verifying it found."""
+    """A stage: its spec, the graph to load, all its files, its precision, and what verifying it found."""
 
     spec: Stage
     graph: str
@@ -63,37 +65,79 @@ class Bundle:
                 folder=folder,
                 config=NovaConfig.from_dict(data["config"]),
                 target=str(data["target"]),
-                source=data["source"],
-                tools=data["tools"],
+                source={"name": str(data["source"]["name"]), **data["source"]},
+                tools=dict(data["tools"]),
                 stages={name: _stage_entry(entry) for name, entry in data["stages"].items()},
                 tokenizer=data["tokenizer"],
-                files={path: FileEntry(int(f["size"]), str(f["sha256"])) for path, f in data["files"].items()},
+                files={
+                    path: FileEntry(int(f["size"]), str(f["sha256"])) for path, f in data["files"].items()
+                },
             )
+            bundle._check_manifest()
         except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
-            raise BundleError(f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error}); build it again") from error
-        bundle._check_manifest()
+            raise BundleError(
+                f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error}); build it again"
+            ) from error
         return bundle
 
     def _check_manifest(self) -> None:
+        root = self.folder.resolve()
         for path, entry in self.files.items():
-            if not is_inside(path):
-                raise BundleError(f"{self.folder}: the manifest names {path!r}, which is outside the bundle; do not trust it")
+            if not is_inside(path) or not (self.folder / path).resolve().is_relative_to(root):
+                raise BundleError(
+                    f"{self.folder}: the manifest names {path!r}, outside the bundle; do not trust it"
+                )
             try:
                 size = (self.folder / path).stat().st_size
             except OSError:
-                raise BundleError(f"{self.folder / path}: missing; copy the bundle again or build it again") from None
+                raise BundleError(
+                    f"{self.folder / path}: missing; copy the bundle again or build it again"
+                ) from None
             if size != entry.size:
-                raise BundleError(f"{self.folder / path}: has {size} bytes, must have {entry.size}; copy or build it again")
+                raise BundleError(
+                    f"{self.folder / path}: has {size} bytes, must have {entry.size}; copy or build it again"
+                )
+        if missing := stages(self.config).keys() - self.stages.keys():
+            raise BundleError(
+                f"{self.folder / MANIFEST}: has no stage {min(missing)!r}; build the bundle again"
+            )
+        if not self.config.is_class_conditional and not self.tokenizer:
+            raise BundleError(f"{self.folder / MANIFEST}: names no tokenizer; build the bundle again")
         named = [path for stage in self.stages.values() for path in (stage.graph, *stage.files)]
         for path in [*named, *([self.tokenizer] if self.tokenizer else [])]:
             if path not in self.files:
-                raise BundleError(f"{self.folder / MANIFEST}: uses {path!r} without listing it; build the bundle again")
+                raise BundleError(
+                    f"{self.folder / MANIFEST}: uses {path!r} without listing it; build the bundle again"
+                )
 
     def check(self, *paths: str) -> None:
-        """Compare the content of files with the manifest's sha256. Raises BundleError for the first that differs."""
+        """Compare files with the manifest's sha256. Raises BundleError for the first that differs."""
         for path in paths:
             if sha256(self.folder / path) != self.files[path].sha256:
-                raise BundleError(f"{self.folder / path}: was changed after it was built (sha256 differs); build it again")
+                raise BundleError(
+                    f"{self.folder / path}: was changed after it was built (sha256 differs); build it again"
+                )
+
+    def check_stage(self, name: str) -> None:
+        """`check` the files of a stage, and that its graph reads no others. Raises BundleError."""
+        entry = self.stages[name]
+        self.check(entry.graph, *(path for path in entry.files if path != entry.graph))
+        graph = self.path(entry.graph)
+        try:
+            beside = {str(PurePosixPath(entry.graph).parent / file) for file in external_files(graph)}
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{graph}: is no ONNX graph ({error}); build the bundle again") from error
+        if unlisted := beside - set(entry.files):
+            raise BundleError(
+                f"{graph}: reads {min(unlisted)!r}, which the manifest does not list for it; do not trust it"
+            )
+
+    def check_all(self) -> None:
+        """Check every file, and every stage's graph. Raises BundleError for the first that was changed."""
+        for name in self.stages:
+            self.check_stage(name)
+        of_stages = {path for entry in self.stages.values() for path in entry.files}
+        self.check(*(path for path in self.files if path not in of_stages))
 
     def path(self, name: str) -> Path:
         """Where a file of the bundle is."""
@@ -103,7 +147,12 @@ class Bundle:
 def is_inside(path: str) -> bool:
     """Whether a manifest path is relative and never leaves the folder."""
     pure = PurePosixPath(path)
-    return bool(path) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in path and ":" not in path
+    return (
+        bool(path)
+        and not pure.is_absolute()
+        and ".." not in pure.parts
+        and not any(char in path for char in "\\:\0")
+    )
 
 
 def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
@@ -123,17 +172,27 @@ def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such bundle folder; `nova-export build CHECKPOINT -o {folder}` makes one")
+        raise BundleError(
+            f"{folder}: no such bundle folder; `nova-export build CHECKPOINT -o {folder}` makes one"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(f"{folder}: has no {MANIFEST}, so it is no bundle; `nova-export build` makes one") from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read as JSON ({error})") from error
+        raise BundleError(
+            f"{folder}: has no {MANIFEST}, so it is no bundle; `nova-export build` makes one"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: cannot be read as JSON ({error}); copy the bundle again") from error
     version = data.get("format") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        way = "update nova-export" if isinstance(version, int) and version > FORMAT_VERSION else "build it again"
-        raise BundleError(f"{path}: has format {version!r}; this nova-export reads format {FORMAT_VERSION}: {way}")
+        way = (
+            "update nova-export"
+            if isinstance(version, int) and version > FORMAT_VERSION
+            else "build it again"
+        )
+        raise BundleError(
+            f"{path}: has format {version!r}; this nova-export reads format {FORMAT_VERSION}: {way}"
+        )
     return dict(data)
 
 
@@ -143,5 +202,5 @@ def _stage_entry(data: Mapping[str, Any]) -> StageEntry:
         graph=str(data["graph"]),
         files=tuple(data["files"]),
         precision=str(data["precision"]),
-        verified=data["verified"],
+        verified=data["verified"] and dict(data["verified"]),
     )

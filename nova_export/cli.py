@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from nova_export.errors import BundleError, DependencyError, NovaExportError, UsageError
+from nova_export.errors import BundleError, Cancelled, DependencyError, NovaExportError, UsageError
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
@@ -48,14 +48,28 @@ def build(
     build_bundle = _exporter("nova_export.export.build").build_bundle
     from nova_export.progress import StageProgress
 
-    progress = StageProgress(quiet)
     try:
-        path = build_bundle(
-            checkpoint, out, target=target, precision=precision, verify=verify, force=force, report=progress
-        )
-    finally:
-        progress.done()
+        with StageProgress(quiet) as progress:
+            path = build_bundle(
+                checkpoint, out, target=target, precision=precision, verify=verify, force=force, report=progress
+            )
+    except KeyboardInterrupt:
+        raise Cancelled("stopped; finished stages are kept, and the same command goes on from there") from None
     click.echo(path)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint to write.")
+@click.option("--text-encoder", default="phi-2", show_default=True, help="Its size: phi-2, or LAYERSxWIDTH like 2x64.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same weights.")
+def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
+    """Write a checkpoint of the published architecture NAME with random weights. Needs the `export` extra.
+
+    For trying, testing and timing at full size without a download; its pictures mean nothing.
+    """
+    init_checkpoint = _exporter("reference_model.init").init_checkpoint
+    click.echo(init_checkpoint(name, out, text_encoder=text_encoder, seed=seed))
 
 
 def generation_options(command: Command) -> Command:
@@ -115,6 +129,8 @@ def run(
     started = time.monotonic()
     if bundle is None:
         raise UsageError("no bundle given; --bundle FOLDER names one, `nova-export build CHECKPOINT -o FOLDER` makes it")
+    if save_latents is not None and save_latents.suffix.lower() != ".npz":
+        raise UsageError(f"--save-latents writes an .npz, not {save_latents.name!r}")
     for path in (out, save_latents):
         if path is not None:
             check_writable(path)
@@ -185,7 +201,7 @@ def inspect(bundle: Path, check: bool, quiet: bool, as_json: bool) -> None:
     opened = Bundle.open(bundle)
     described = describe(opened)
     if check:
-        opened.check(*opened.files)
+        opened.check_all()
         described["hashes"] = "match"
     click.echo(json.dumps(described, indent=1) if as_json else format_table(described))
 

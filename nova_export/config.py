@@ -49,7 +49,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a video VAE is decoded in time: tiles of `latent_frames`, each sharing `overlap` with the one before.
+    """How a video VAE is decoded in time: tiles of `latent_frames`, each sharing `overlap` with the last.
 
     A tile of n latents gives 1 + (n - 1) * `frames_per_latent` frames; every tile after the first drops the
     first `drop` of them.
@@ -163,7 +163,9 @@ class NovaConfig:
             return cls._from_parts(transformer, vae, scheduler, text_encoder)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
-            raise CheckpointError(f"transformer/config.json {what}; is it a NOVATransformer3DModel's?") from error
+            raise CheckpointError(
+                f"transformer/config.json {what}; is it a NOVATransformer3DModel's?"
+            ) from error
 
     @classmethod
     def _from_parts(
@@ -181,7 +183,9 @@ class NovaConfig:
         rank = transformer.get("video_mixer_rank")
         text_dim = transformer.get("text_token_dim") or None
         if text_dim and text_encoder is None:
-            raise CheckpointError("the transformer is text-conditional, but the checkpoint has no text_encoder/config.json")
+            raise CheckpointError(
+                "the transformer is text-conditional, but the checkpoint has no text_encoder/config.json"
+            )
         if text_dim and text_encoder is not None and text_encoder["hidden_size"] != text_dim:
             hidden = text_encoder["hidden_size"]
             raise CheckpointError(f"text_token_dim is {text_dim}, but the text encoder is {hidden} wide")
@@ -206,19 +210,32 @@ class NovaConfig:
         return config
 
     def _check_sizes(self, image_base: tuple[int, int], video_base: tuple[int, ...]) -> None:
-        if any(size % (2 * self.patch) for size in self.latent_size):
-            raise CheckpointError(f"latents of {self.latent_size} cannot be cut into patches of {2 * self.patch}")
+        for arch in (self.temporal, self.spatial):
+            if not (arch.depth and arch.width) or arch.width % 64:
+                raise CheckpointError(f"vit_d{arch.depth}w{arch.width}: width must be a multiple of 64")
+        if self.base_frames < 1 or (self.text_dim and self.text_len < 1):
+            raise CheckpointError(
+                f"video_base_size has {self.base_frames} frames and text_token_len is {self.text_len}: "
+                "both must be at least 1"
+            )
+        if any(size % (2 * self.patch) or not size for size in self.latent_size):
+            raise CheckpointError(
+                f"latents of {self.latent_size} cannot be cut into patches of {2 * self.patch}"
+            )
         if image_base != self.token_grid or video_base != self.temporal_grid:
             raise CheckpointError(
                 f"image_base_size {image_base} and video_base_size {video_base} do not fit latents of "
-                f"{self.latent_size} in patches of {self.patch}: expected {self.token_grid}, {self.temporal_grid}"
+                f"{self.latent_size} in patches of {self.patch}: expected {self.token_grid}, "
+                f"{self.temporal_grid}"
             )
         if self.temporal.width != self.spatial.width:
-            raise CheckpointError(f"temporal width {self.temporal.width} and spatial {self.spatial.width} differ")
-        vae_tiling(self.vae)
-        if self.vae.get("latent_channels", self.latent_channels) != self.latent_channels:
             raise CheckpointError(
-                f"image_dim is {self.latent_channels}, but the VAE has {self.vae['latent_channels']} latent channels"
+                f"temporal width {self.temporal.width} and spatial {self.spatial.width} differ"
+            )
+        vae_tiling(self.vae)
+        if (channels := self.vae.get("latent_channels", self.latent_channels)) != self.latent_channels:
+            raise CheckpointError(
+                f"image_dim is {self.latent_channels}, but the VAE has {channels} latent channels"
             )
 
     @classmethod
@@ -237,7 +254,12 @@ class NovaConfig:
     def to_dict(self) -> dict[str, Any]:
         """As JSON for the manifest: what `from_dict` needs to make it again."""
         data = dict(self.__dict__)
-        return {**data, "temporal": _values(self.temporal), "spatial": _values(self.spatial), "head": _values(self.head)}
+        return {
+            **data,
+            "temporal": _values(self.temporal),
+            "spatial": _values(self.spatial),
+            "head": _values(self.head),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> NovaConfig:

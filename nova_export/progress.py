@@ -56,31 +56,42 @@ class GenerationProgress:
 
 
 class StageProgress:
-    """A report for `build_bundle`: a line for what each stage goes through, with the seconds it took."""
+    """A report for `build_bundle`: a line for what each stage goes through, with the seconds it took.
+
+    Leaving its `with` block ends the line of the last stage, which is done unless an exception passes through.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._stage = ""
         self._since = time.monotonic()
 
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end("done" if kind is None else "not finished")
+
     def __call__(self, stage: str, action: str) -> None:
         if self.quiet:
             return
         if stage != self._stage:
-            self.done()
+            self._end("done")
             self._stage, self._since = stage, time.monotonic()
-        if sys.stderr.isatty():
-            print(f"\r\033[K{stage}: {action} …", end="", file=sys.stderr, flush=True)
-        elif action == "reused":
+        if action == "reused":
             say(f"{stage}: reused")
+            self._stage = ""
+        elif sys.stderr.isatty():
+            print(f"\r\033[K{stage}: {action} …", end="", file=sys.stderr, flush=True)
 
-    def done(self) -> None:
+    def _end(self, how: str) -> None:
         """Finish the line of the last stage."""
-        if self.quiet or not self._stage:
+        if not self._stage:
             return
-        seconds = time.monotonic() - self._since
         clear = "\r\033[K" if sys.stderr.isatty() else ""
-        print(f"{clear}{self._stage}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+        say(f"{clear}{self._stage}: {how} in {time.monotonic() - self._since:.1f} s")
         self._stage = ""
 
 

@@ -33,12 +33,16 @@ class Axis:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"axis {self.name}: need 0 <= min <= opt <= max, not {self.min}, {self.opt}, {self.max}")
+            raise ValueError(
+                f"axis {self.name}: need 0 <= min <= opt <= max, not {self.min}, {self.opt}, {self.max}"
+            )
 
 
 @dataclass(frozen=True)
 class Tensor:
     """A named input or output. A size is an int, or the name of an Axis.
+
+    An output may have sizes of its own that no Axis bounds: they follow from those of the inputs.
 
     `alias` on an output names the input whose memory it may share: the stage writes there in place.
     """
@@ -53,8 +57,8 @@ class Tensor:
 class Stage:
     """One exported graph.
 
-    `module` names the reference module ("package.module:Class") that computes it, `part` the checkpoint folder
-    and `prefixes` the weights in it that the module needs; `phase` says when in a run the stage is used.
+    `module` names the reference module ("package.module:Class") that computes it, `part` the checkpoint
+    folder and `prefixes` the weights in it that the module needs; `phase` says when in a run it is used.
     """
 
     name: str
@@ -83,7 +87,9 @@ class Stage:
         if missing := sorted(wanted - arrays.keys()):
             raise StageError(f"stage {self.name}: input {missing[0]!r} is missing")
         if unknown := sorted(arrays.keys() - wanted):
-            raise StageError(f"stage {self.name}: has no input {unknown[0]!r}; it takes {', '.join(sorted(wanted))}")
+            raise StageError(
+                f"stage {self.name}: has no input {unknown[0]!r}; it takes {', '.join(sorted(wanted))}"
+            )
         sizes: dict[str, int] = {}
         for tensor in self.inputs:
             self._bind_one(tensor, arrays[tensor.name], sizes)
@@ -104,7 +110,9 @@ class Stage:
                 continue
             axis = self.axis(expected)
             if not axis.min <= size <= axis.max:
-                raise StageError(f"{where}: {axis.name} is {size}, must be {axis.min} to {axis.max} (shape {shape})")
+                raise StageError(
+                    f"{where}: {axis.name} is {size}, must be {axis.min} to {axis.max} (shape {shape})"
+                )
             if sizes.setdefault(axis.name, size) != size:
                 raise StageError(f"{where}: {axis.name} is {size}, but {sizes[axis.name]} in another input")
 

@@ -1,7 +1,7 @@
 """NOVA's stages, declared once: exporter, verifier, builder and runtimes all read them from here.
 
-Letters as in docs/model.md: B samples, G guidance passes ("rows" = G * B), C latent channels, D width, N image
-tokens, P predicted, K predicted now, T diffusion steps. Cache rows are text tokens, then each frame's tokens.
+Letters as in docs/model.md: B samples, G guidance passes ("rows" = G * B), C latent channels, D width, N
+image tokens, P predicted, K predicted now, T diffusion steps. Cache rows are text tokens, then each frame's.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ def _text_encoder(config: NovaConfig) -> Stage:
         phase="text",
         inputs=(Tensor("token_ids", I64, ("prompts", "length")),),
         outputs=(Tensor("text_states", F32, ("prompts", "length", config.text_dim)),),
-        axes=(Axis("prompts", 1, 1, 2 * MAX_BATCH), Axis("length", 1, min(32, config.text_len), config.text_len)),
+        axes=(
+            Axis("prompts", 1, 1, 2 * MAX_BATCH),
+            Axis("length", 1, min(32, config.text_len), config.text_len),
+        ),
     )
 
 
 def _condition(config: NovaConfig) -> Stage:
-    """What stands before the first frame: projected text (null rows where there is none) and motion, or a class."""
+    """What stands before the first frame: projected text (null rows where it ends) and motion, or a class."""
     common = {"part": "transformer", "phase": "text"}
     output = Tensor("condition", F32, ("rows", config.condition_tokens, config.temporal.width))
     if config.text_dim is None:
@@ -81,14 +84,14 @@ def _condition(config: NovaConfig) -> Stage:
 def _temporal_encoder(config: NovaConfig) -> Stage:
     """One frame: first frame with `text` = the condition, later ones with no text and the cache filled.
 
-    The caches hold `capacity` rows, zero until written; the stage writes its own rows in place behind the first
-    `cache_length` and attends to what is filled, so no frame copies what earlier frames left.
+    The caches hold `capacity` rows, zero until written; the stage writes its own rows in place behind the
+    first `cache_length` and attends to what is filled, so no frame copies what earlier frames left.
     """
     width = config.temporal.width
     inputs = [
         Tensor("text", F32, ("rows", "text", width)),
         Tensor("latents", F32, ("rows", config.latent_channels, *config.latent_size)),
-        Tensor("is_start", "bool", ("rows",)),
+        Tensor("is_blank", "bool", ("rows",)),
         Tensor("frame_position", F32, (1,)),
         Tensor("cache_length", I64, (1,)),
     ]
@@ -145,8 +148,8 @@ def _next_axis(config: NovaConfig) -> Axis:
 def _diffusion_head(config: NovaConfig) -> Stage:
     """All diffusion steps of one AR step. Per step: x' = a x + b eps + s noise, one row of `step_*` each.
 
-    eps = renorm(sum over passes of guidance * eps_pass) + sum of extra_guidance * eps_pass; see runtime/schedule.py
-    and runtime/guidance.py for how the rows are made.
+    eps = renorm(sum over passes of guidance * eps_pass) + sum of extra_guidance * eps_pass; see
+    runtime/schedule.py and runtime/guidance.py for how the rows are made.
     """
     width = config.spatial.width
     return Stage(
@@ -164,7 +167,8 @@ def _diffusion_head(config: NovaConfig) -> Stage:
             Tensor("step_guidance", F32, ("steps", "passes")),
             Tensor("step_extra_guidance", F32, ("steps", "passes")),
             Tensor("step_renorm", F32, ("steps", 1)),
-            Tensor("step_rest_norm", F32, ("steps", "samples")),
+            Tensor("rest", F32, ("samples", "rest")),
+            Tensor("step_rest_noise", F32, ("steps", "samples", "rest")),
         ),
         outputs=(Tensor("denoised", F32, ("samples", "next", config.token_dim)),),
         axes=(
@@ -172,6 +176,7 @@ def _diffusion_head(config: NovaConfig) -> Stage:
             Axis("samples", 1, 1, MAX_BATCH),
             _next_axis(config),
             Axis("steps", 1, 25, MAX_DIFFUSION_STEPS),
+            Axis("rest", 1, 1, MAX_DIFFUSION_STEPS + 1),
         ),
     )
 
@@ -184,7 +189,11 @@ def _vae_decoder(config: NovaConfig) -> Stage:
         part="vae",
         prefixes=("decoder.", "post_quant_conv."),
         phase="decode",
-        inputs=(Tensor("latents", F32, (1, config.latent_channels, "latent_frames", "latent_height", "latent_width")),),
+        inputs=(
+            Tensor(
+                "latents", F32, (1, config.latent_channels, "latent_frames", "latent_height", "latent_width")
+            ),
+        ),
         outputs=(Tensor("pixels", F32, (1, 3, "frames", "height", "width")),),
         axes=(
             Axis("latent_frames", 1, config.tiling.latent_frames, config.tiling.latent_frames),
@@ -206,4 +215,3 @@ def _vae_encoder(config: NovaConfig) -> Stage:
         inputs=(Tensor("pixels", F32, (1, 3, *config.image_size)),),
         outputs=(Tensor("latents_mean", F32, latents), Tensor("latents_std", F32, latents)),
     )
-

@@ -1,1 +1,1 @@
-"""NOVA in plain PyTorch: stateless modules, one per stage, that the exporter traces; and an eager loop, the oracle."""
+"""NOVA in plain PyTorch: stateless modules, one a stage, for the exporter; an eager loop, the oracle."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
@@ -54,6 +56,10 @@ class HeadNetwork(nn.Module):
         return self.head(self.norm.norm(x) * (1 + scale) + shift)
 
 
+State = tuple[Tensor, Tensor]  # noisy sample of the K tokens, of the rest
+Step = Callable[[State, tuple[Tensor, ...]], tuple[State, Tensor]]
+
+
 class DiffusionHead(nn.Module):
     """All T steps of one AR step in one call, for any scheduler, number of steps and guidance.
 
@@ -75,21 +81,26 @@ class DiffusionHead(nn.Module):
         step_guidance: Tensor,  # (T, G)
         step_extra_guidance: Tensor,  # (T, G)
         step_renorm: Tensor,  # (T, 1)
-        step_rest_norm: Tensor,  # (T, B)
+        rest: Tensor,  # (B, R): noise of the tokens not predicted now, see `norm_ratio`
+        step_rest_noise: Tensor,  # (T, B, R)
     ) -> Tensor:
         """Denoised tokens (B, K, d)."""
         network = self.image_decoder
         condition_z = network.time_cond_embed.condition_proj(z)  # (G, B, K, width)
         condition_t = network.time_cond_embed.timestep_proj(step_frequencies)  # (T, width)
 
-        def step(x: Tensor, row: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            time, coefficients, guidance, extra_guidance, renorm, rest_norm, fresh_noise = row
+        def step(carried: State, row: tuple[Tensor, ...]) -> tuple[State, Tensor]:
+            x, rest = carried
+            time, coefficients, guidance, extra_guidance, renorm, fresh_noise, rest_noise = row
+            a, b, s = coefficients.unbind()
             prediction = network(x, condition_z + time)  # (G, B, K, d)
             guided = (prediction * guidance[:, None, None, None]).sum(0)
-            guided = guided * norm_ratio(prediction[0], guided, rest_norm).clamp(max=1).maximum(renorm)[:, None, None]
+            ratio = norm_ratio(prediction[0], guided, rest).clamp(max=1).maximum(renorm)  # (B,)
+            guided = guided * ratio[:, None, None]
             guided = guided + (prediction * extra_guidance[:, None, None, None]).sum(0)
-            x = coefficients[0] * x + coefficients[1] * guided + coefficients[2] * fresh_noise
-            return x, x[:1, :1, :1].clone()
+            x = a * x + b * guided + s * fresh_noise
+            rest = (a + b * ratio)[:, None] * rest + s * rest_noise
+            return (x, rest), x[:1, :1, :1].clone()
 
         rows = (
             condition_t,
@@ -97,17 +108,27 @@ class DiffusionHead(nn.Module):
             step_guidance,
             step_extra_guidance,
             step_renorm,
-            step_rest_norm,
             step_noise,
+            step_rest_noise,
         )
-        denoised, _ = scan(step, noise, rows)
+        denoised, _ = fold(step, (noise, rest), rows)
         return denoised
 
 
-def norm_ratio(conditional: Tensor, guided: Tensor, rest_norm: Tensor) -> Tensor:
-    """||cond|| / ||guided|| per sample over the whole latent: (B, K, d) twice, (B,) -> (B,).
+def fold(step: Step, state: State, rows: tuple[Tensor, ...]) -> State:
+    """The state after `step(state, row)` of every row of the tables."""
+    if torch.compiler.is_compiling():
+        return scan(step, state, rows)[0]  # one loop in the graph, for any number of steps
+    for row in zip(*rows, strict=True):  # eager, a scan would be compiled anew for every shape
+        state, _ = step(state, row)
+    return state
 
-    `rest_norm` is the squared norm of the tokens not predicted now: there both predictions are the noisy sample.
+
+def norm_ratio(conditional: Tensor, guided: Tensor, rest: Tensor) -> Tensor:
+    """||cond|| / ||guided|| per sample over the whole latent: (B, K, d) twice, (B, R) -> (B,).
+
+    `rest` is the noisy sample of the tokens not predicted now, or anything as long: there every pass predicts
+    the sample itself, so they go on as x' = (a + b ratio) x + s noise, and only their norm ever matters.
     """
-    squares = [tokens.square().sum((1, 2)) + rest_norm for tokens in (conditional, guided)]
-    return torch.sqrt(squares[0] / squares[1])
+    squares = [tokens.square().sum((1, 2)) + rest.square().sum(1) for tokens in (conditional, guided)]
+    return torch.sqrt(squares[0] / squares[1].clamp(min=torch.finfo(guided.dtype).tiny))

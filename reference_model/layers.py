@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,14 +19,15 @@ def frequencies(values: Tensor) -> Tensor:
 
 
 def sincos(values: Tensor) -> Tensor:
-    """(...) -> (..., 256): sin, then cos, of each value times 128 frequencies (frame and motion embeddings)."""
+    """(...) -> (..., 256): sin, then cos, of each value times 128 frequencies (frame, motion embeddings)."""
     angles = frequencies(values)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def position_table(width: int, grid: tuple[int, int]) -> Tensor:
     """2D sincos table (rows * columns, width): column sin, column cos, row sin, row cos."""
-    with torch.device("cpu"):  # computed, not loaded: real numbers even while modules are made on the meta device
+    # Computed, not loaded: real numbers even while modules are made on the meta device.
+    with torch.device("cpu"):
         exponent = torch.arange(width // 4, dtype=torch.float32) / (width // 4)
         columns, rows = grid_positions(grid).flip(-1).unbind(-1)
         angles = [axis.unsqueeze(-1) / torch.pow(THETA, exponent) for axis in (columns, rows)]
@@ -127,7 +127,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + LN(attention(x)), then x + LN(MLP(x)): the norms stand behind, the residual stream itself feeds both."""
+    """x + LN(attention(x)), then x + LN(MLP(x)): norms stand behind, the residual stream feeds both."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -176,5 +176,3 @@ class AdaLayerNorm(nn.Module):
     def norm(self, x: Tensor) -> Tensor:
         """LayerNorm without affine, eps 1e-6."""
         return F.layer_norm(x, (self.width,), eps=1e-6)
-
-

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -33,15 +36,17 @@ class ImageEncoder(nn.Module):
         super().__init__()
         arch = config.spatial
         self.patch_embed = PatchEmbed(config.latent_channels, arch.width, config.patch)
-        self.blocks = nn.ModuleList(Block(arch.width, arch.heads) for _ in range(arch.depth))
+        blocks = nn.ModuleList(Block(arch.width, arch.heads) for _ in range(arch.depth))
+        self.blocks = cast("Sequence[Block]", blocks)
         self.norm = nn.LayerNorm(arch.width)
 
 
 class SpatialEncoder(nn.Module):
     """Stage `spatial_encoder`.
 
-    First half of the blocks on [context, the P predicted tokens], second half on [context, all N tokens], where
-    tokens not predicted yet enter as the mask token. Of the last block only the K next tokens are computed.
+    First half of the blocks on [context, the P predicted tokens], second half on [context, all N tokens],
+    where tokens not predicted yet enter as the mask token. Of the last block only the K next tokens are
+    computed.
     """
 
     table: Tensor
@@ -56,7 +61,7 @@ class SpatialEncoder(nn.Module):
             self.register_buffer("table", table, persistent=False)
 
     def forward(self, context: Tensor, tokens: Tensor, predicted_ids: Tensor, next_ids: Tensor) -> Tensor:
-        """context (rows, M, D), tokens (rows, P, d), predicted_ids (rows, P), next_ids (rows, K) -> z (rows, K, D)."""
+        """context (rows, M, D), tokens (rows, P, d), their ids, next_ids (rows, K) -> z (rows, K, D)."""
         x, rotary = self.before_last(context, tokens, predicted_ids)
         last = self.image_encoder.blocks[-1]
         ids = next_ids + context.shape[1]
@@ -73,7 +78,9 @@ class SpatialEncoder(nn.Module):
         x = self.image_encoder.blocks[-1](x, rotary)
         return self.image_encoder.norm(x[:, context.shape[1] :])
 
-    def before_last(self, context: Tensor, tokens: Tensor, predicted_ids: Tensor) -> tuple[Tensor, Rotary | None]:
+    def before_last(
+        self, context: Tensor, tokens: Tensor, predicted_ids: Tensor
+    ) -> tuple[Tensor, Rotary | None]:
         """The sequence [context, all N tokens] in front of the last block, and its rotary positions."""
         blocks = self.image_encoder.blocks
         half = len(blocks) // 2
@@ -96,7 +103,7 @@ class SpatialEncoder(nn.Module):
         return x, rotary
 
     def rotary(self, ids: Tensor, context_tokens: int) -> Rotary:
-        """cos and sin (rows, 1, M + S, d / 2) of tokens `ids` (rows, S) behind context tokens, which stand at 0."""
+        """cos and sin (rows, 1, M + S, d / 2) of tokens `ids` (rows, S) behind context tokens at 0."""
         positions = grid_positions(self.config.token_grid).to(ids.device)[ids]  # (rows, S, 2)
         positions = torch.cat([torch.zeros_like(positions[..., :1]), positions], dim=-1)
         if context_tokens:

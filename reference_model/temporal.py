@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +50,8 @@ class VideoEncoder(nn.Module):
         super().__init__()
         arch = config.temporal
         self.patch_embed = PatchEmbed(config.latent_channels, arch.width, 2 * config.patch)
-        self.blocks = nn.ModuleList(Block(arch.width, arch.heads) for _ in range(arch.depth))
+        blocks = nn.ModuleList(Block(arch.width, arch.heads) for _ in range(arch.depth))
+        self.blocks = cast("Sequence[Block]", blocks)
         self.norm = nn.LayerNorm(arch.width)
         if config.mixer_rank is not None:
             self.mixer = AdaLayerNorm(arch.width, stats=2, rank=config.mixer_rank)
@@ -72,15 +76,16 @@ class TemporalEncoder(nn.Module):
         self,
         text: Tensor,  # (rows, X, D): the condition at frame 0, none later
         latents: Tensor,  # (rows, C, h, w): the previous frame
-        is_start: Tensor,  # (rows,): true where the begin-of-video token stands in for the previous frame
+        is_blank: Tensor,  # (rows,): true where begin-of-video tokens stand for any frame, without positions
         frame_position: Tensor,  # (1,): t * T0 / L, or t with rotary positions
         cache_length: Tensor,  # (1,): rows of the caches that are filled
         first_context: Tensor | None = None,  # (rows, M, D): frame 0's output, read from frame 1 on
         **caches: Tensor,  # (rows, capacity, D) each
     ) -> tuple[Tensor, ...]:
-        """The frame's context (rows, M, D) and every cache with this call's rows written behind `cache_length`."""
+        """The frame's context (rows, M, D), and every cache with this call's rows behind `cache_length`."""
         encoder = self.video_encoder
-        frame = self.embed_frame(latents, is_start, frame_position)  # (rows, M, D)
+        frame = self.embed_frame(latents, cache_length == 0, frame_position)  # (rows, M, D)
+        frame = torch.where(is_blank[:, None, None], self.mask_embed.bos_token, frame)
         x = torch.cat([text, frame], dim=1)  # (rows, X + M, D)
         rotary = self.rotary(text.shape[1], frame_position) if self.config.rotary else None
         writer = CacheWriter(x.shape[0], x.shape[1], cache_length, caches["key_cache_0"].shape[1])
@@ -100,10 +105,10 @@ class TemporalEncoder(nn.Module):
             context = torch.where(cache_length == 0, context, self.mix(first_context, context))
         return context, *written
 
-    def embed_frame(self, latents: Tensor, is_start: Tensor, frame_position: Tensor) -> Tensor:
-        """Tokens of the previous frame (rows, M, D) with their absolute positions, if the checkpoint has them."""
+    def embed_frame(self, latents: Tensor, is_first: Tensor, frame_position: Tensor) -> Tensor:
+        """Tokens of the previous frame (rows, M, D) with absolute positions, if the checkpoint has them."""
         tokens = self.video_encoder.patch_embed(latents)
-        tokens = torch.where(is_start[:, None, None], self.mask_embed.bos_token, tokens)
+        tokens = torch.where(is_first, self.mask_embed.bos_token, tokens)
         if self.config.rotary:
             return tokens
         return tokens + self.video_pos_embed(frame_position) + self.table
@@ -132,8 +137,9 @@ class CacheWriter:
             slots[None].expand(rows, length),
         )
         filled = torch.arange(capacity, device=slots.device) < cache_length + length
-        self.filled = filled.expand(1, 1, length, capacity)  # spelled out: ONNX Runtime broadcasts no query axis
+        # Spelled out: ONNX Runtime broadcasts no query axis.
+        self.filled = filled.expand(1, 1, length, capacity)
 
     def write(self, cache: Tensor, new: Tensor) -> Tensor:
-        """cache (rows, capacity, D), new (rows, length, D). Exported as one ScatterND, in place where aliased."""
+        """cache (rows, capacity, D), new (rows, length, D). Exported as a ScatterND, in place if aliased."""
         return cache.index_put(self.index, new)

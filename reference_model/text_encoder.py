@@ -16,7 +16,9 @@ class TextEncoder(nn.Module):
     def __init__(self, config: NovaConfig) -> None:
         super().__init__()
         assert config.text_encoder is not None
-        phi = PhiConfig(**{k: v for k, v in config.text_encoder.items() if k not in ("architectures", "dtype")})
+        phi = PhiConfig(
+            **{k: v for k, v in config.text_encoder.items() if k not in ("architectures", "dtype")}
+        )
         phi._attn_implementation = "sdpa"
         self.model = PhiModel(phi)
         with torch.device("cpu"):  # its frequencies are computed, not loaded: never leave them on meta

@@ -10,7 +10,7 @@ from nova_export.errors import CheckpointError
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """`tokenizer.json`, or the CodeGen byte-level BPE that `vocab.json` and `merges.txt` make. Raises CheckpointError."""
+    """`tokenizer.json`, or the byte-level BPE of `vocab.json` and `merges.txt`. Raises CheckpointError."""
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
         if whole.exists():

@@ -1,11 +1,13 @@
 """Checkpoint -> bundle, stage by stage: load, export, verify, free. Resumable, and atomic at the end.
 
-Work goes on in a hidden folder beside the bundle. A stage finished there, or in the bundle being replaced, is used
-again while its key (weights, config, spec, code, tools, precision) is the same. One rename makes it the bundle.
+Work goes on in a hidden folder beside the bundle. A stage finished there, or in the bundle being replaced, is
+used again while its key (weights, config, spec, code, tools, precision) is the same. One rename makes it the
+bundle.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import hashlib
@@ -13,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,18 +24,20 @@ from typing import Any
 import nova_export
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, sha256
 from nova_export.config import NovaConfig
-from nova_export.errors import BundleError, OutputError, UsageError
+from nova_export.errors import BundleError, CheckpointError, OutputError, UsageError
 from nova_export.export.onnx_export import export_onnx
 from nova_export.export.verify import check_cases, reference_cases
 from nova_export.runtime.runner import OrtRunner
+from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
 from nova_export.targets import PRECISIONS, TARGETS, Precision, Target, find
-from reference_model.checkpoint import Weights, load_module
+from reference_model.checkpoint import Weights, check_weights, load_module
 from reference_model.tokenizer import read_tokenizer
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "numpy")
 TOKENIZER = "tokenizer.json"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Report = Callable[[str, str], object]  # stage name, what is being done to it
 
@@ -81,14 +85,18 @@ def build_bundle(
     _check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
     specs = stages(job.config)
-    sources = {part: fingerprint(checkpoint / part) for part in sorted({spec.part for spec in specs.values()})}
+    _check_checkpoint(job, specs)
+    sources = {
+        part: fingerprint(checkpoint / part) for part in sorted({spec.part for spec in specs.values()})
+    }
     with _work_folder(out) as work:
         records = {
-            name: _finished_or_built(job, spec, sources[spec.part], work, out, report) for name, spec in specs.items()
+            name: _finished_or_built(job, spec, sources[spec.part], work, out, report)
+            for name, spec in specs.items()
         }
         files = {path: entry for record in records.values() for path, entry in record["files"].items()}
         if tokenizer is not None:
-            tokenizer.save(str(work / TOKENIZER))
+            (work / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             files[TOKENIZER] = _entry(work / TOKENIZER)
         manifest = {
             "format": FORMAT_VERSION,
@@ -101,17 +109,27 @@ def build_bundle(
             "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
             "files": files,
         }
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _write_json(work / MANIFEST, manifest)
         _publish(work, out, {MANIFEST, *files})
     return out
+
+
+def _check_checkpoint(job: Job, specs: dict[str, Stage]) -> None:
+    """What is wrong with a checkpoint comes out now, not after an hour of exporting its other stages."""
+    make_schedule(job.config.scheduler, num_steps=1)
+    for spec in specs.values():
+        check_weights(spec, job.config, job.checkpoint)
 
 
 def fingerprint(part: Path) -> str:
     """One digest of the config and safetensors files of a checkpoint's part: its content, not its dates."""
     digest = hashlib.sha256()
     paths = {*part.glob("*.json"), *Weights(part).files.values()}
-    for path in sorted(paths):
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    try:
+        for path in sorted(paths):
+            digest.update(f"{path.name} {sha256(path)}\n".encode())
+    except BundleError as error:  # that a file cannot be read; here it is no bundle's
+        raise CheckpointError(str(error)) from error
     return digest.hexdigest()
 
 
@@ -122,7 +140,12 @@ def _finished_or_built(
     key = _stage_key(job, spec, source)
     for folder in (work, out):
         record = _read_record(folder, spec.name)
-        if record and record["key"] == key and (record["verified"] or not job.verify) and _adopt(record, folder, work):
+        if (
+            record
+            and record.get("key") == key
+            and (record.get("verified") or not job.verify)
+            and _adopt(record, folder, work)
+        ):
             report(spec.name, "reused")
             break
     else:
@@ -132,10 +155,13 @@ def _finished_or_built(
 
 
 def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str, Any]:
-    """Export one stage into `work` and compare it with the reference. Its weights are freed before it returns."""
+    """Export one stage into `work` and compare it with the reference. Frees its weights."""
     report(spec.name, "loading")
     module = load_module(spec, job.config, job.checkpoint)
     graph = work / f"{spec.name}.onnx"
+    paths = [graph, graph.with_name(graph.name + ".data")]
+    for path in paths:
+        path.unlink(missing_ok=True)  # it may be a link to the file of the bundle that is being replaced
     report(spec.name, "exporting")
     export_onnx(spec, module, graph)
     verified = None
@@ -147,29 +173,36 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
         with OrtRunner(spec, graph) as runner:
             verified = check_cases(spec, runner, cases)
     gc.collect()
-    paths = [path for path in (graph, graph.with_name(graph.name + ".data")) if path.exists()]
     return {
         "spec": spec.to_dict(),
         "graph": graph.name,
-        "files": {path.name: _entry(path) for path in paths},
+        "files": {path.name: _entry(path) for path in paths if path.exists()},
         "precision": job.precision.name,
         "verified": verified,
     }
 
 
 def _stage_key(job: Job, spec: Stage, source: str) -> str:
-    facts = [spec.to_dict(), job.config.to_dict(), source, job.target.name, job.precision.name, job.tools, job.code]
+    facts = [
+        spec.to_dict(),
+        job.config.to_dict(),
+        source,
+        job.target.name,
+        job.precision.name,
+        job.tools,
+        job.code,
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
     """What a finished stage left in a work folder or a bundle; None where there is nothing usable."""
     try:
-        if (folder / MANIFEST).exists():
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            record = manifest["stages"][name]
-            return {**record, "files": {path: manifest["files"][path] for path in record["files"]}}
-        return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        if (folder / f"{name}.json").exists():
+            return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        record = manifest["stages"][name]
+        return {**record, "files": {path: manifest["files"][path] for path in record["files"]}}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -193,7 +226,9 @@ def _entry(path: Path) -> dict[str, Any]:
 
 def _check_out(out: Path, force: bool) -> None:
     if not out.parent.is_dir():
-        raise OutputError(f"{out.parent}: no such folder; make it first, or choose another place for the bundle")
+        raise OutputError(
+            f"{out.parent}: no such folder; make it first, or choose another place for the bundle"
+        )
     if not os.access(out.parent, os.W_OK):
         raise OutputError(f"{out.parent}: is not writable; choose another place for the bundle")
     if out.exists() and not (out / MANIFEST).exists():
@@ -208,17 +243,43 @@ def _work_folder(out: Path) -> Iterator[Path]:
     work = out.parent / f".{out.name}.partial"
     try:
         work.mkdir(exist_ok=True)
-        with (work / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"{work}: another build of this bundle is running; wait for it or stop it") from None
-            yield work
+        lock = (work / ".lock").open("w")
     except OSError as error:
-        raise OutputError(
-            f"{error.filename or work}: {error.strerror or error}; finished stages are kept in {work}, "
-            "so run the same command again when there is room"
-        ) from error
+        raise OutputError(f"{work}: {error.strerror}; choose another place for the bundle") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"{work}: another build of this bundle is running; wait for it or stop it"
+            ) from None
+        try:
+            yield work
+        except OSError as error:
+            room = "when there is room" if error.errno in NO_ROOM else "when that is mended"
+            raise OutputError(
+                f"{error.filename or work}: {error.strerror or error}; finished stages are kept in {work}: "
+                f"run the same command again {room}"
+            ) from error
+        finally:
+            with suppress(OSError):
+                _drop_unfinished(work)
+
+
+def _drop_unfinished(work: Path) -> None:
+    """Of a build that did not end, keep the finished stages alone; without any, nothing."""
+    if not work.exists() or (work / MANIFEST).exists():
+        return  # it became the bundle, or was about to
+    keep = {".lock"}
+    for record in work.glob("*.json"):
+        data = _read_record(work, record.stem)
+        if data and "files" in data and "key" in data:
+            keep |= {record.name, *data["files"]}
+    for path in work.iterdir():
+        if path.name not in keep:
+            path.unlink(missing_ok=True)
+    if keep == {".lock"}:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _publish(work: Path, out: Path, keep: set[str]) -> None:
@@ -253,7 +314,12 @@ def _tool_versions() -> dict[str, str]:
 def _code_digest() -> str:
     """Digest of the sources that shape a graph: a change in them makes finished stages stale."""
     package = Path(nova_export.__file__).parent
-    sources = [package / "spec.py", package / "stages.py", package / "config.py", *(package / "export").rglob("*.py")]
+    sources = [
+        package / "spec.py",
+        package / "stages.py",
+        package / "config.py",
+        *(package / "export").rglob("*.py"),
+    ]
     sources += (package.parent / "reference_model").rglob("*.py")
     digest = hashlib.sha256()
     for path in sorted(sources):

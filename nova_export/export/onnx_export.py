@@ -20,8 +20,14 @@ OPSET = 23  # the first with Attention
 
 
 def trace_sizes(stage: Stage) -> dict[str, int]:
-    """A size for every axis that torch.export keeps symbolic: 0 and 1 get specialised, equal ones may be merged."""
-    return {axis.name: max(2, min(axis.opt, axis.max)) + i for i, axis in enumerate(stage.axes)}
+    """A size for every axis that torch.export keeps symbolic: 0 and 1 get specialised, equal ones merged."""
+    sizes: dict[str, int] = {}
+    for axis in stage.axes:
+        size = max(2, axis.opt)
+        while size in sizes.values():
+            size += 1
+        sizes[axis.name] = size
+    return sizes
 
 
 def is_dynamic(stage: Stage, size: int | str) -> bool:
@@ -65,7 +71,7 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
 
 
 class _Positional(nn.Module):
-    """Takes tensors in the spec's order: one calling convention for every stage, however many inputs it has."""
+    """Takes tensors in the spec's order: one calling convention for every stage."""
 
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -79,7 +85,8 @@ def _dynamic_dims(stage: Stage) -> tuple[dict[int, Any], ...]:
     """Spec axes as torch.export wants them, one dict an input."""
     dynamic = torch.export.Dim.DYNAMIC
     return tuple(
-        {i: dynamic for i, size in enumerate(tensor.shape) if is_dynamic(stage, size)} for tensor in stage.inputs
+        {i: dynamic for i, size in enumerate(tensor.shape) if is_dynamic(stage, size)}
+        for tensor in stage.inputs
     )
 
 
@@ -88,7 +95,9 @@ def _name(stage: Stage, values: Any, tensors: tuple[Tensor, ...], kind: str) -> 
         raise ExportError(f"stage {stage.name}: the graph has {len(values)} {kind}, the spec {len(tensors)}")
     for value, tensor in zip(values, tensors, strict=True):
         if len(value.shape) != len(tensor.shape):
-            raise ExportError(f"stage {stage.name}: {tensor.name} came out as {value.shape}, spec {tensor.shape}")
+            raise ExportError(
+                f"stage {stage.name}: {tensor.name} came out as {value.shape}, spec {tensor.shape}"
+            )
         value.name = tensor.name
 
 

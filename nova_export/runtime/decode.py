@@ -41,7 +41,10 @@ def tiles(tiling: Tiling, num_latents: int) -> Iterator[Tile]:
 
 
 def decode_tile(runner: Runner, latents: Floats, tile: Tile) -> Frames:
-    """(B, C, L, h, w) -> the tile's frames, uint8 (B, F, H, W, 3). One sample at a time: decoding is what needs memory."""
+    """(B, C, L, h, w) -> the tile's frames, uint8 (B, F, H, W, 3).
+
+    One sample at a time: decoding is what needs memory.
+    """
     samples = []
     for sample in latents[:, :, tile.start : tile.stop]:
         pixels = runner.run({"latents": sample[None]})["pixels"]  # (1, 3, F, H, W)

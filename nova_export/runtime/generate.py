@@ -1,8 +1,9 @@
 """NOVA's loops: frames, sets of tokens within a frame, and what each call of a stage is fed.
 
-The caller gives runners; nothing here knows which backend they are. Both loops are one generator, so the caller
-shows progress, streams finished frames, frees stages between phases, or just stops.
-Letters: B samples, G guidance passes, rows = G * B, N tokens of a frame, P predicted, K predicted now, T steps.
+The caller gives runners; nothing here knows which backend they are. Both loops are one generator, so the
+caller shows progress, streams finished frames, frees stages between phases, or just stops.
+Letters: B samples, G guidance passes, rows = G * B, N tokens of a frame, P predicted, K predicted now,
+T steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nova_export.runtime.guidance import Guidance
 from nova_export.runtime.noise import TorchGenerator
 from nova_export.runtime.runner import Array, Runner
 from nova_export.runtime.schedule import Schedule
-from nova_export.runtime.tokens import patchify, set_sizes, take, token_positions, unpatchify
+from nova_export.runtime.tokens import set_sizes, take, token_positions, unpatchify
 from nova_export.stages import cache_names
 
 Floats = NDArray[np.float32]
@@ -59,7 +60,7 @@ class Plan:
 
 @dataclass
 class TemporalState:
-    """What the temporal encoder keeps between frames: caches, how many of their rows are filled, frame 0's context."""
+    """What the temporal encoder keeps between frames: caches, how many rows are filled, frame 0's context."""
 
     caches: dict[str, Array]
     filled: int = 0
@@ -106,13 +107,14 @@ def encode_frame(
 ) -> Floats:
     """The frame's context (rows, M, D). Advances `state` by the rows that this call wrote to the caches."""
     config, passes = plan.config, plan.guidance.passes
-    starts = np.ones(plan.rows, bool) if frame == 0 else np.repeat(np.array(plan.guidance.starts), plan.batch)
-    position = frame if config.rotary else np.float32(frame) / np.float32(plan.num_frames / config.base_frames)
+    position = (
+        frame if config.rotary else np.float32(frame) / np.float32(plan.num_frames / config.base_frames)
+    )
     text = condition if frame == 0 else state.empty_text
     inputs: dict[str, Array] = {
         "text": text,
         "latents": np.tile(previous, (passes, 1, 1, 1)),
-        "is_start": starts,
+        "is_blank": np.repeat(np.array(plan.guidance.blanks), plan.batch),
         "frame_position": np.array([position], np.float32),
         "cache_length": np.array([state.filled], np.int64),
         **state.caches,
@@ -120,7 +122,9 @@ def encode_frame(
     if config.mixer_rank is not None:
         first = state.first_context
         inputs["first_context"] = (
-            np.zeros((plan.rows, config.frame_tokens, config.temporal.width), np.float32) if first is None else first
+            np.zeros((plan.rows, config.frame_tokens, config.temporal.width), np.float32)
+            if first is None
+            else first
         )
     outputs = runner.run(inputs)
     state.caches = {name: outputs[f"new_{name}"] for name in state.caches}
@@ -181,10 +185,9 @@ def step_tables(plan: Plan, progress: float) -> dict[str, Floats]:
 def draw_noise(
     plan: Plan, generator: TorchGenerator, positions: Ints, chosen: Ints, later: Ints, predicted: Ints
 ) -> dict[str, Floats]:
-    """Noise as the published pipeline draws it: of the full latent shape, though only the K chosen tokens use it.
+    """Noise as the published pipeline draws it: of the full latent shape, though only K chosen tokens use it.
 
-    `step_rest_norm` (T, B) is the squared norm of all other tokens' noisy sample: there the published prediction is
-    the sample itself, so it goes by x' = (a + b) x + s noise, and only guidance_renorm ever looks at it.
+    `rest` and `step_rest_noise` stand for all other tokens' noise, where guidance_renorm takes their norm.
     """
     shape = (plan.batch, plan.config.latent_channels, *plan.config.latent_size)
     size = int(np.prod(shape))
@@ -193,24 +196,28 @@ def draw_noise(
     needs_rest = plan.guidance.passes > 1 and plan.guidance.renorm < 1
     rest = take(positions, np.concatenate([predicted, later], axis=1)) if needs_rest else where[:, :0]
     values = np.concatenate([where.reshape(plan.batch, -1), rest.reshape(plan.batch, -1)], axis=1)
-    first = generator.normal_raw(size).take(values)
-    drawn = plan.schedule.draws_noise
-    later_draws = np.zeros((steps, *values.shape), np.float32)
-    later_draws[drawn] = generator.normal_steps(size, int(drawn.sum()), values)
+    draws = np.zeros((steps + 1, *values.shape), np.float32)
+    draws[0] = generator.normal_raw(size).take(values)
+    drawn = np.flatnonzero(plan.schedule.draws_noise)
+    draws[1 + drawn] = generator.normal_steps(size, len(drawn), values)
     used = where[0].size
-    rest_norm = np.zeros((steps, plan.batch), np.float32)
-    if needs_rest:
-        rest_norm = _rest_norms(plan.schedule, first[:, used:], later_draws[:, :, used:])
+    rest_noise = (
+        compress(draws[:, :, used:]) if needs_rest else np.zeros((steps + 1, plan.batch, 1), np.float32)
+    )
     return {
-        "noise": first[:, :used].reshape(where.shape),
-        "step_noise": later_draws[:, :, :used].reshape(steps, *where.shape),
-        "step_rest_norm": rest_norm,
+        "noise": draws[0, :, :used].reshape(where.shape),
+        "step_noise": draws[1:, :, :used].reshape(steps, *where.shape),
+        "rest": rest_noise[0],
+        "step_rest_noise": rest_noise[1:],
     }
 
 
-def _rest_norms(schedule: Schedule, sample: Floats, draws: Floats) -> Floats:
-    norms = []
-    for (a, b, s), noise in zip(schedule.coefficients, draws, strict=True):
-        norms.append(np.square(sample).sum(axis=1))
-        sample = (a + b) * sample + s * noise
-    return np.stack(norms)
+def compress(noise: Floats) -> Floats:
+    """Short vectors (n, B, n) with the inner products of the given ones (n, B, values).
+
+    The head only wants norms of sums of them: those depend on nothing else, and the values are many.
+    """
+    rows = noise.swapaxes(0, 1)  # (B, n, values)
+    size, axes = np.linalg.eigh((rows @ rows.swapaxes(1, 2)).astype(np.float64))
+    short = axes * np.sqrt(size.clip(min=0))[:, None]  # (B, n, n): short @ short.T is the product again
+    return short.swapaxes(0, 1).astype(np.float32)

@@ -5,6 +5,7 @@ Passes stand along the batch, in the order conditional, unconditional, extra. Pu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,21 @@ class Guidance:
     spatiotemporal_scale: float = 0.0
 
     def __post_init__(self) -> None:
+        given = {
+            "guidance_scale": self.scale,
+            "min_guidance_scale": 1.0 if self.min_scale is None else self.min_scale,
+            "guidance_trunc": self.trunc,
+            "guidance_renorm": self.renorm,
+            "image_guidance_scale": self.image_scale,
+            "spatiotemporal_guidance_scale": self.spatiotemporal_scale,
+        }
+        for name, value in given.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise UsageError(f"{name} is {value!r}; it must be a number, at least 0")
         if self.image_scale and self.spatiotemporal_scale:
-            raise UsageError("image_guidance_scale and spatiotemporal_guidance_scale both need the third pass; give one")
+            raise UsageError(
+                "image_guidance_scale and spatiotemporal_guidance_scale both need the third pass; give one"
+            )
         if (self.image_scale or self.spatiotemporal_scale) and self.scale <= 1:
             raise UsageError(f"a third guidance pass needs guidance_scale above 1, not {self.scale:g}")
         if self.min_scale is not None and self.min_scale < 1:
@@ -49,8 +63,8 @@ class Guidance:
         return (0, 1, 1 if self.image_scale else 0)[: self.passes]
 
     @property
-    def starts(self) -> tuple[bool, ...]:
-        """Which passes see the begin-of-video token instead of the previous frame, at every frame."""
+    def blanks(self) -> tuple[bool, ...]:
+        """Which passes see begin-of-video tokens instead of the previous frame, at every frame."""
         return (False, bool(self.image_scale), False)[: self.passes]
 
     def scale_at(self, progress: float) -> float:
@@ -61,8 +75,9 @@ class Guidance:
     def weights(self, progress: float, timesteps: Floats) -> tuple[Floats, Floats, Floats]:
         """Per diffusion step: weights (T, G) under the renorm, weights (T, G) added behind it, renorm (T, 1).
 
-        Plain: u + g (c - u). Image: u + g (c - i), then + image_scale (i - u), i the pass with neither text nor
-        start token. Spatiotemporal: plain, then + scale (c - p). Below `trunc` the conditional pass alone counts.
+        Plain: u + g (c - u). Image: u + g (c - i), then + image_scale (i - u), i the pass with neither text
+        nor start token. Spatiotemporal: plain, then + scale (c - p). Below `trunc` the conditional pass alone
+        counts.
         """
         g = self.scale_at(progress)
         if self.passes == 1:
@@ -78,7 +93,7 @@ class Guidance:
         extra = np.tile(np.array(behind, np.float32), (steps, 1))
         renorm = np.full((steps, 1), self.renorm if self.passes > 1 else 1.0, np.float32)
         if self.passes > 1 and self.trunc:
-            plain = timesteps < self.trunc
+            plain = timesteps.astype(np.float64) < self.trunc
             weights[plain], extra[plain], renorm[plain] = 0, 0, 1
             weights[plain, 0] = 1
         return weights, extra, renorm

@@ -11,8 +11,8 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
@@ -72,7 +72,9 @@ def save_frames(path: str | Path, frames: Frames, fps: float = 12) -> None:
     _write_whole(path, writers[path.suffix.lower()])
 
 
-def save_outputs(path: str | Path, frames: Frames, latents: NDArray[np.float32], fps: float = 12) -> list[Path]:
+def save_outputs(
+    path: str | Path, frames: Frames, latents: NDArray[np.float32], fps: float = 12
+) -> list[Path]:
     """Write a batch of videos, frames uint8 (B, F, H, W, 3), and return the paths written.
 
     .npz holds the whole batch: arrays `frames` and `latents` (B, C, L, h, w). Other suffixes hold one video

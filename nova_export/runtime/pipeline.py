@@ -60,7 +60,7 @@ class StageRunners:
         if self.low_memory:
             self.close(keep_phase=entry.spec.phase)
         if name not in self._checked:
-            self.bundle.check(*entry.files)
+            self.bundle.check_stage(name)
             self._checked.add(name)
         runner = OrtRunner(entry.spec, self.bundle.path(entry.graph), self.threads)
         self._open[name] = runner.__enter__()

@@ -31,13 +31,22 @@ HELP = {  # one line an argument, for the command line and the docs
     "guidance_scale": "Classifier-free guidance; 1 or less turns it off.",
     "min_guidance_scale": "Guidance at the first AR step, growing linearly to guidance_scale at the last.",
     "guidance_trunc": "Below this timestep only the conditional pass counts.",
-    "guidance_renorm": "Least factor by which a guided prediction is scaled back to the conditional's norm; 1 is off.",
+    "guidance_renorm": "Least factor that scales a guided prediction to the conditional's norm; 1 is off.",
     "image_guidance_scale": "Guidance by the previous frames, with a third pass.",
     "spatiotemporal_guidance_scale": "Guidance against a perturbed third pass.",
     "flow_shift": "Shift of the timestep schedule (flow-matching checkpoints).",
     "motion_flow": "Mean optical-flow magnitude to ask for (video checkpoints).",
     "seed": "Draws as torch's CPU generator; a random one if not given.",
 }
+
+NUMBERS = (
+    "guidance_scale",
+    "guidance_trunc",
+    "guidance_renorm",
+    "image_guidance_scale",
+    "spatiotemporal_guidance_scale",
+    "motion_flow",
+)
 
 Prompt = str | int | Sequence[str] | Sequence[int]
 
@@ -76,13 +85,23 @@ class Request:
         return secrets.randbits(32) if self.seed is None else self.seed
 
     def plan(self, config: NovaConfig) -> Plan:
-        """Check everything and decide sizes and tables. Raises UsageError or InputError naming the argument."""
-        for name in ("num_images_per_prompt", "max_latent_length", "num_inference_steps", "num_diffusion_steps"):
+        """Check all, decide sizes and tables. Raises UsageError or InputError naming the argument."""
+        for name in (
+            "num_images_per_prompt",
+            "max_latent_length",
+            "num_inference_steps",
+            "num_diffusion_steps",
+        ):
             _positive(name, getattr(self, name))
-        for name in ("guidance_scale", "guidance_trunc", "guidance_renorm", "motion_flow"):
+        for name in NUMBERS:
             _finite(name, getattr(self, name))
+        for name in ("min_guidance_scale", "flow_shift"):
+            if getattr(self, name) is not None:
+                _finite(name, getattr(self, name))
         if self.max_latent_length > 1 and not config.is_video:
-            raise UsageError(f"max_latent_length is {self.max_latent_length}, but this is an image checkpoint; use 1")
+            raise UsageError(
+                f"max_latent_length is {self.max_latent_length}, but this is an image checkpoint; use 1"
+            )
         if self.max_latent_length > MAX_FRAMES:
             raise UsageError(f"max_latent_length is {self.max_latent_length}; the most is {MAX_FRAMES}")
         if self.image is not None and not config.is_video:
@@ -142,9 +161,20 @@ def _prompt_list(name: str, value: Any, config: NovaConfig, last_class: int) -> 
     for item in values:
         if not isinstance(item, kind) or isinstance(item, bool):
             raise InputError(f"{name} must be {_kind_name(kind)} for this checkpoint, not {item!r}")
+        if isinstance(item, str) and not _is_unicode(item):
+            raise InputError(f"{name} {item!r} is no text: it has bytes that are not UTF-8")
         if isinstance(item, int) and not 0 <= item <= last_class:
             raise InputError(f"{name}: class id {item} is out of range; ids are 0 to {last_class}")
     return list(values)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for the lone surrogates that stand for undecodable bytes of a command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind_name(kind: type) -> str:

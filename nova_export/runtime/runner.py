@@ -1,7 +1,7 @@
 """Runners: one surface for whatever executes a stage.
 
-A runner is opened with `with`, fed a dict of numpy arrays and gives a dict back. It checks its inputs against the
-stage's spec, and writes aliased outputs into the input arrays that they alias.
+A runner is opened with `with`, fed a dict of numpy arrays and gives a dict back. It checks its inputs against
+the stage's spec, and writes aliased outputs into the input arrays that they alias.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Runner(Protocol):
     stage: Stage
 
     def __enter__(self) -> Runner: ...
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
 
 
@@ -46,7 +48,9 @@ class OrtRunner:
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no public base class for its errors
-            raise BundleError(f"{self.path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
+            raise BundleError(
+                f"{self.path}: ONNX Runtime {ort.__version__} cannot load it: {error}"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,7 +71,7 @@ class OrtRunner:
             raise StageError(f"stage {self.stage.name}: ONNX Runtime failed: {error}") from error
 
     def _run_in_place(self, arrays: dict[str, Array]) -> dict[str, Array]:
-        """Bind each aliased output to its input's own memory: kernels that scatter into it then copy nothing."""
+        """Bind aliased outputs to their inputs' own memory: kernels that scatter into it copy nothing."""
         import onnxruntime as ort
 
         binding = self._session.io_binding()

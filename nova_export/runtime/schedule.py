@@ -50,11 +50,15 @@ def make_schedule(config: Mapping[str, Any], num_steps: int, flow_shift: float |
     trained = int(config.get("num_train_timesteps", 1000))
     if not 1 <= num_steps <= trained:
         raise UsageError(f"num_diffusion_steps is {num_steps}; it must be 1 to {trained}")
+    if flow_shift is not None and not (math.isfinite(flow_shift) and flow_shift >= 0):
+        raise UsageError(f"flow_shift is {flow_shift:g}; it must be above 0, or 0 for the checkpoint's own")
     kind = str(config.get("_class_name"))
     if kind.startswith("FlowMatchEulerDiscrete"):
         return _flow_matching(config, trained, num_steps, flow_shift)
     if kind != "DDPMScheduler":
-        raise CheckpointError(f"scheduler {kind!r} is unknown; NOVA has DDPMScheduler and FlowMatchEulerDiscreteScheduler")
+        raise CheckpointError(
+            f"scheduler {kind!r} is unknown; NOVA has DDPMScheduler and FlowMatchEulerDiscreteScheduler"
+        )
     if flow_shift:
         raise UsageError("flow_shift is for flow-matching checkpoints; this one has a DDPM scheduler")
     return _ddpm(config, trained, num_steps)
@@ -63,11 +67,13 @@ def make_schedule(config: Mapping[str, Any], num_steps: int, flow_shift: float |
 def _flow_matching(config: Mapping[str, Any], trained: int, num_steps: int, shift: float | None) -> Schedule:
     """Sigmas from 1 to sigma_min, shifted, then 0; x' = x + (next sigma - sigma) * velocity."""
     if config.get("use_dynamic_shifting", False):
-        raise CheckpointError("scheduler_config.json has use_dynamic_shifting, which NOVA's pipeline gives no size for")
+        raise CheckpointError(
+            "scheduler_config.json has use_dynamic_shifting, which NOVA's pipeline gives no size for"
+        )
     trained_shift = float(config.get("shift", 1.0))
     bounds = _shift(np.array([trained, 1], F32) / F32(trained), trained_shift) * F32(trained)
     sigmas = np.linspace(float(bounds[0]), float(bounds[1]), num_steps, dtype=F32) / F32(trained)
-    sigmas = _shift(sigmas, trained_shift if not shift else shift)
+    sigmas = _shift(sigmas, shift or trained_shift)
     change = np.diff(np.append(sigmas, F32(0)))
     coefficients = np.stack([np.ones_like(change), change, np.zeros_like(change)], axis=1)
     return Schedule(sigmas * F32(trained), coefficients, np.zeros(num_steps, bool))
@@ -78,13 +84,16 @@ def _shift(sigmas: Floats, shift: float) -> Floats:
 
 
 def _ddpm(config: Mapping[str, Any], trained: int, num_steps: int) -> Schedule:
-    alphas = np.cumprod(F32(1) - _betas(config, trained), dtype=F32)
+    # In double, as torch accumulates.
+    alphas = np.cumprod(F32(1) - _betas(config, trained), dtype=np.float64).astype(F32)
     timesteps = _timesteps(config, trained, num_steps)
     rows = [_ddpm_step(config, alphas, int(t), int(t) - trained // num_steps) for t in timesteps]
     return Schedule(timesteps.astype(F32), np.array(rows, F32), timesteps > 0)
 
 
-def _ddpm_step(config: Mapping[str, Any], alphas: Floats, t: int, previous_t: int) -> tuple[float, float, float]:
+def _ddpm_step(
+    config: Mapping[str, Any], alphas: Floats, t: int, previous_t: int
+) -> tuple[float, float, float]:
     """(a, b, s) of one step, from alphas' cumulative products (eq. 7 with x_0 from the prediction)."""
     one = F32(1)
     alpha = alphas[t]
@@ -95,13 +104,21 @@ def _ddpm_step(config: Mapping[str, Any], alphas: Floats, t: int, previous_t: in
     keep = np.sqrt(step_alpha) * (one - previous) / beta
     kind = config.get("prediction_type", "epsilon")
     if kind == "epsilon":
+        if not alpha > 0:
+            raise CheckpointError(
+                f"scheduler_config.json: rescale_betas_zero_snr leaves no signal at timestep {t}, where an "
+                "epsilon prediction says nothing about the sample; it needs v_prediction, or "
+                "timestep_spacing 'leading'"
+            )
         a, b = to_sample / np.sqrt(alpha) + keep, -to_sample * np.sqrt(beta) / np.sqrt(alpha)
     elif kind == "sample":
         a, b = keep, to_sample
     elif kind == "v_prediction":
         a, b = to_sample * np.sqrt(alpha) + keep, -to_sample * np.sqrt(beta)
     else:
-        raise CheckpointError(f"scheduler_config.json: prediction_type {kind!r} is none of epsilon, sample, v_prediction")
+        raise CheckpointError(
+            f"scheduler_config.json: prediction_type {kind!r} is none of epsilon, sample, v_prediction"
+        )
     variance = max(float((one - previous) / beta * step_beta), 1e-20)
     return float(a), float(b), _noise_scale(config, variance, float(step_beta)) if t > 0 else 0.0
 
@@ -109,8 +126,14 @@ def _ddpm_step(config: Mapping[str, Any], alphas: Floats, t: int, previous_t: in
 def _noise_scale(config: Mapping[str, Any], variance: float, step_beta: float) -> float:
     kind = config.get("variance_type", "fixed_small")
     if kind not in VARIANCES:
-        reason = "is the root of a negative number" if kind == "fixed_large_log" else "needs a head that predicts it"
-        raise CheckpointError(f"scheduler_config.json: variance_type {kind!r} {reason}; use one of {', '.join(VARIANCES)}")
+        reason = (
+            "is the root of a negative number"
+            if kind == "fixed_large_log"
+            else "needs a head that predicts it"
+        )
+        raise CheckpointError(
+            f"scheduler_config.json: variance_type {kind!r} {reason}; use one of {', '.join(VARIANCES)}"
+        )
     return math.sqrt(step_beta if kind == "fixed_large" else variance)
 
 
@@ -122,11 +145,16 @@ def _timesteps(config: Mapping[str, Any], trained: int, num_steps: int) -> NDArr
     elif spacing == "leading":
         steps = (np.arange(num_steps) * (trained // num_steps))[::-1] + int(config.get("steps_offset", 0))
     elif spacing == "trailing":
-        steps = np.arange(trained, 0, -trained / num_steps).round() - 1
+        # Rounding may add one at 0.
+        steps = np.arange(trained, 0, -trained / num_steps)[:num_steps].round() - 1
     else:
-        raise CheckpointError(f"scheduler_config.json: timestep_spacing {spacing!r} is none of linspace, leading, trailing")
+        raise CheckpointError(
+            f"scheduler_config.json: timestep_spacing {spacing!r} is none of linspace, leading, trailing"
+        )
     if steps.max() >= trained:
-        raise UsageError(f"{num_steps} diffusion steps with steps_offset {config.get('steps_offset')} pass step {trained}")
+        raise UsageError(
+            f"{num_steps} diffusion steps with steps_offset {config.get('steps_offset')} pass step {trained}"
+        )
     return np.asarray(steps, np.int64)
 
 
@@ -159,7 +187,7 @@ def _cosine_betas(trained: int) -> Floats:
 
 
 def _zero_terminal_snr(betas: Floats) -> Floats:
-    root = np.sqrt(np.cumprod(F32(1) - betas, dtype=F32))
+    root = np.sqrt(np.cumprod(F32(1) - betas, dtype=np.float64).astype(F32))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     bar = root**2
     return (F32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]])).astype(F32)

@@ -1,4 +1,4 @@
-"""Prompts to token ids, as the published pipeline does it: plain byte-level BPE, no special tokens, cut at a length."""
+"""Prompts to token ids as the published pipeline makes them: byte-level BPE, no special tokens, cut."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class PromptTokenizer:
         self.max_length = max_length
 
     def encode(self, prompt: str) -> tuple[list[int], str | None]:
-        """Token ids, at most `max_length`; and, where the prompt was longer, a warning that says where it was cut."""
+        """Token ids, at most `max_length`; and, if the prompt was longer, a warning of where it was cut."""
         encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
         if len(encoding.ids) <= self.max_length:
             return list(encoding.ids), None
         end = encoding.offsets[self.max_length - 1][1]
-        kept = prompt[:end]
+        kept, left_out = prompt[:end], prompt[end:]
+        more = "…" if len(left_out) > 40 else ""
         return list(encoding.ids[: self.max_length]), (
             f"prompt has {len(encoding.ids)} tokens, the model takes {self.max_length}: "
-            f"cut after {kept[-40:]!r}, leaving out {prompt[end : end + 40]!r}{'…' if len(prompt) > end + 40 else ''}"
+            f"cut after {kept[-40:]!r}, leaving out {left_out[:40]!r}{more}"
         )

@@ -1,8 +1,9 @@
 """The autoencoders of NOVA checkpoints: latents of one tile to pixels, and one image to a posterior.
 
-`VaeDecoder` and `VaeEncoder` are the two stages; a family's tiling in time stands in nova_export/config.py. Their parameters are named as in the checkpoint: each loads from the keys
-that start with its `prefixes`, every key first passed through `parameter_name` (old attention names; LTX).
-Scaling of latents is part of both graphs. Cutting into tiles and joining them is the caller's.
+`VaeDecoder` and `VaeEncoder` are the two stages; a family's tiling in time stands in nova_export/config.py.
+Their parameters are named as in the checkpoint: each loads from the keys that start with its `prefixes`,
+every key first passed through `parameter_name` (old attention names; LTX). Scaling of latents is part of both
+graphs. Cutting into tiles and joining them is the caller's.
 """
 
 from __future__ import annotations

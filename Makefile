@@ -1,0 +1,62 @@
+# Everything runs in a .venv that make creates. A step runs again only when what it was made from has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(shell find nova_export reference_model -name '*.py')
+
+# The demo checkpoint is the tiny one that the tests use: random weights, so what it shows is noise, made the real way.
+DEMO_CHECKPOINT := tests/golden/t2v/checkpoint
+DEMO_PROMPT := a red circle moving right
+DEMO_OPTIONS := --max-latent-length 3 --num-inference-steps 6 --num-diffusion-steps 5 --seed 1
+
+.PHONY: help demo test slow lint format bench clean
+
+help:
+	@echo "make demo    build a bundle of the tiny demo checkpoint and generate a video with it"
+	@echo "make test    the tests"
+	@echo "make slow    the heavy tests only"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff sort imports and format"
+	@echo "make bench   time the demo bundle on this machine"
+	@echo "make clean   remove everything that make made"
+	@echo "PYTHON=python3.12 make ...  picks the interpreter of .venv ($(PYTHON) now)"
+
+demo: demo/demo.mp4
+	@echo "bundle: $(CURDIR)/demo/bundle"
+	@echo "video:  $(CURDIR)/demo/demo.mp4 (tiny random weights: expect noise)"
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+bench: demo/bundle/manifest.json
+	$(BIN)/nova-export bench demo/bundle
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find nova_export reference_model tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+demo/demo.mp4: demo/bundle/manifest.json
+	$(BIN)/nova-export run "$(DEMO_PROMPT)" --bundle demo/bundle $(DEMO_OPTIONS) -o $@
+
+demo/bundle/manifest.json: $(VENV)/export.stamp $(SOURCES)
+	@mkdir -p demo
+	$(BIN)/nova-export build $(DEMO_CHECKPOINT) --force -o demo/bundle
+
+$(VENV)/%.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,191 @@
+"""What `bench` compares: one stage, at one size, ready to be run again and again, in each of its forms.
+
+- onnx: the bundle's graph on its runtime, as the pipeline calls it.
+- module: the stage's reference module in eager torch, which does the same work.
+- compiled: that module under torch.compile.
+- published: what the published pipeline does in this stage's place, from the eager pipeline: the diffusion
+  head one step at a time over all N tokens, the spatial encoder over all N tokens, caches by concatenation.
+
+Must not know time or memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nova_export.bundle import Bundle
+from nova_export.errors import UsageError
+from nova_export.export.verify import sample_inputs
+from nova_export.runtime.runner import Array, OrtRunner
+from nova_export.spec import Stage
+from nova_export.stages import stages
+from reference_model.checkpoint import load_module
+from reference_model.eager import Memory, denoise, encode_frame, encode_tokens
+from reference_model.guidance import Guider
+from reference_model.schedulers import make_scheduler
+
+KINDS = ("onnx", "module", "published", "compiled")
+PUBLISHED = (
+    "temporal_encoder",
+    "spatial_encoder",
+    "diffusion_head",
+)  # where it does other work than the module
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One stage of a bundle, the sizes of its axes, and the checkpoint it came from, if there is one."""
+
+    bundle: Bundle
+    stage: Stage
+    sizes: Mapping[str, int]
+    checkpoint: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        name: str,
+        wanted: Mapping[str, int] | None = None,
+        checkpoint: Path | None = None,
+    ) -> Subject:
+        """Sizes that are not `wanted` are what the spec is tuned for. Raises UsageError."""
+        if name not in bundle.stages:
+            raise UsageError(f"stage {name!r} is not in the bundle; it has {', '.join(bundle.stages)}")
+        stage = bundle.stages[name].spec
+        if checkpoint is not None and stages(bundle.config).get(name) != stage:
+            raise UsageError(f"stage {name}: the bundle was built by another nova-export; build it again")
+        return cls(bundle, stage, stage_sizes(stage, wanted), checkpoint)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The forms that this stage has."""
+        if self.checkpoint is None:
+            return KINDS[:1]
+        return tuple(kind for kind in KINDS if kind != "published" or self.stage.name in PUBLISHED)
+
+    def inputs(self) -> dict[str, Array]:
+        """Random inputs of these sizes, the same every time; the temporal encoder's caches full."""
+        inputs = sample_inputs(self.stage, self.bundle.config, self.sizes, seed=0)
+        if "cache_length" in inputs:
+            new = self.sizes["text"] + self.bundle.config.frame_tokens
+            inputs["cache_length"][0] = self.sizes["capacity"] - new
+        return inputs
+
+
+def stage_sizes(stage: Stage, wanted: Mapping[str, int]) -> dict[str, int]:
+    """A size for every axis. `rows` also sets the head's passes (2 where it can) and samples.
+
+    Raises UsageError for a size that the axis does not allow.
+    """
+    wanted = dict(wanted)
+    if rows := wanted.get("rows"):
+        wanted.setdefault("passes", 2 if rows % 2 == 0 else 1)
+        wanted.setdefault("samples", rows // wanted["passes"])
+    sizes = {axis.name: wanted.get(axis.name, axis.opt) for axis in stage.axes}
+    for axis in stage.axes:
+        if not axis.min <= sizes[axis.name] <= axis.max:
+            raise UsageError(
+                f"stage {stage.name}: {axis.name} is {sizes[axis.name]}; it must be {axis.min} to {axis.max}"
+            )
+    return sizes
+
+
+@contextmanager
+def contender(kind: str, subject: Subject, inputs: Mapping[str, Array], threads: int = 0) -> Iterator[Run]:
+    """One form of the stage, loaded; at the end its weights are freed. `threads` 0: as many as it likes."""
+    bundle, stage = subject.bundle, subject.stage
+    if kind == "onnx":
+        with OrtRunner(stage, bundle.path(bundle.stages[stage.name].graph), threads) as runner:
+            yield lambda: runner.run(inputs)
+        return
+    assert subject.checkpoint is not None
+    if threads:
+        torch.set_num_threads(threads)
+    module = load_module(stage, bundle.config, subject.checkpoint)
+    with torch.inference_mode():
+        if kind == "published":
+            yield published(subject, module, inputs)
+        else:
+            call = torch.compile(module) if kind == "compiled" else module
+            tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+            yield lambda: call(**tensors)
+
+
+def published(subject: Subject, module: nn.Module, inputs: Mapping[str, Array]) -> Run:
+    """The published form of a stage on inputs of the same sizes."""
+    make: dict[str, Callable[..., Run]] = {
+        "temporal_encoder": _published_temporal_encoder,
+        "spatial_encoder": _published_spatial_encoder,
+        "diffusion_head": _published_head,
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return make[subject.stage.name](subject, module, tensors)
+
+
+def _guider(passes: int) -> Guider:
+    return Guider(
+        scale=5.0 if passes > 1 else 1.0,
+        final=5.0,
+        least=5.0,
+        trunc=0.0,
+        renorm=1.0,
+        image=0.0,
+        spatiotemporal=1.0 if passes > 2 else 0.0,
+    )
+
+
+def _passes(rows: int) -> int:
+    return 2 if rows % 2 == 0 else 1
+
+
+def _published_temporal_encoder(subject: Subject, module: Any, inputs: Mapping[str, Tensor]) -> Run:
+    """A frame behind the same number of cached rows, caches grown by concatenation."""
+    passes, filled = _passes(subject.sizes["rows"]), int(inputs["cache_length"])
+    latents = inputs["latents"][: len(inputs["latents"]) // passes]
+    heads = module.video_encoder.blocks[0].attn.split_heads
+    caches = [
+        (heads(inputs[f"key_cache_{i}"][:, :filled]), heads(inputs[f"value_cache_{i}"][:, :filled]))
+        for i in range(len(module.video_encoder.blocks))
+    ]
+
+    def run() -> Tensor:
+        memory = Memory(list(caches) if filled else [], inputs.get("first_context") if filled else None)
+        time = inputs["frame_position"]
+        return encode_frame(module, _guider(passes), memory, latents, inputs["text"], time)
+
+    return run
+
+
+def _published_spatial_encoder(subject: Subject, module: Any, inputs: Mapping[str, Tensor]) -> Run:
+    """z of all N tokens."""
+    config, passes = subject.bundle.config, _passes(subject.sizes["rows"])
+    samples = subject.sizes["rows"] // passes
+    known = inputs["predicted_ids"][:samples, :, None]
+    tokens = torch.zeros(samples, config.num_tokens, config.token_dim)
+    tokens.scatter_(1, known.expand(-1, -1, config.token_dim), inputs["tokens"][:samples])
+    latents = module.image_encoder.patch_embed.unpatchify(tokens, config.token_grid)
+    return lambda: encode_tokens(module, _guider(passes), latents, inputs["context"], known)
+
+
+def _published_head(subject: Subject, module: Any, inputs: Mapping[str, Tensor]) -> Run:
+    """Each diffusion step: all N tokens of every pass embedded, K predicted, scheduler on the full latent."""
+    config, sizes = subject.bundle.config, subject.sizes
+    rng = np.random.default_rng(1)
+    z = rng.standard_normal((sizes["passes"] * sizes["samples"], config.num_tokens, config.spatial.width))
+    ids = np.stack([rng.permutation(config.num_tokens)[: sizes["next"]] for _ in range(sizes["samples"])])
+    noise = torch.randn(sizes["samples"], config.latent_channels, *config.latent_size)
+    scheduler = make_scheduler(config.scheduler, sizes["steps"])
+    all_z, now = torch.from_numpy(z.astype(np.float32)), torch.from_numpy(ids)[..., None]
+    guider = _guider(sizes["passes"])
+    return lambda: denoise(module, guider, scheduler, all_z, noise, now, lambda s: torch.randn(tuple(s)))
