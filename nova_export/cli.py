@@ -13,10 +13,12 @@ from typing import Any
 
 import click
 
+from nova_export import __version__
 from nova_export.errors import BundleError, Cancelled, DependencyError, NovaExportError, UsageError
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "transformers", "diffusers", "safetensors")
 
 Command = Callable[..., Any]
 
@@ -25,7 +27,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="nova-export")
+@click.version_option(__version__)
 def cli() -> None:
     """A NOVA checkpoint to a deployable bundle, and videos from it without PyTorch."""
 
@@ -207,15 +209,16 @@ def inspect(bundle: Path, check: bool, quiet: bool, as_json: bool) -> None:
 
 
 def _exporter(module: str) -> Any:
-    """A module that needs torch. Raises DependencyError where the extra is not installed."""
-    import importlib
+    """A module that needs the export extra. Raises DependencyError where it is not installed."""
+    from importlib import import_module
+    from importlib.util import find_spec
 
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise DependencyError(
-            f"this command needs {error.name!r}, which is not installed: pip install 'nova-export[export]'"
-        ) from error
+    for package in EXPORT_PACKAGES:
+        if find_spec(package) is None:
+            raise DependencyError(
+                f"this command needs {package!r}, which is not installed: pip install 'nova-export[export]'"
+            )
+    return import_module(module)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -205,13 +205,16 @@ def _vae_decoder(config: NovaConfig) -> Stage:
 
 def _vae_encoder(config: NovaConfig) -> Stage:
     """An image to the mean and deviation of its latents' posterior, scaled as the model takes them."""
-    latents = (1, config.latent_channels, *config.latent_size)
+    latents = (1, config.latent_channels, "latent_height", "latent_width")
+    stride = config.image_size[0] // config.latent_size[0]
+    height, width = config.image_size
     return Stage(
         name="vae_encoder",
         module="reference_model.vae:VaeEncoder",
         part="vae",
         prefixes=("encoder.", "quant_conv."),
         phase="image",
-        inputs=(Tensor("pixels", F32, (1, 3, *config.image_size)),),
+        inputs=(Tensor("pixels", F32, (1, 3, "height", "width")),),
         outputs=(Tensor("latents_mean", F32, latents), Tensor("latents_std", F32, latents)),
+        axes=(Axis("height", stride, height, height), Axis("width", stride, width, width)),
     )

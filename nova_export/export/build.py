@@ -7,6 +7,7 @@ bundle.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import gc
@@ -169,10 +170,11 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
         report(spec.name, "verifying")
         cases = reference_cases(spec, job.config, module)
         del module
-        gc.collect()
+        _return_memory()
         with OrtRunner(spec, graph) as runner:
             verified = check_cases(spec, runner, cases)
-    gc.collect()
+        del cases
+    _return_memory()
     return {
         "spec": spec.to_dict(),
         "graph": graph.name,
@@ -180,6 +182,13 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
         "precision": job.precision.name,
         "verified": verified,
     }
+
+
+def _return_memory() -> None:
+    """Give freed weights back to the system, where malloc would keep them for the next stage to add to."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _stage_key(job: Job, spec: Stage, source: str) -> str:
@@ -255,15 +264,17 @@ def _work_folder(out: Path) -> Iterator[Path]:
             ) from None
         try:
             yield work
-        except OSError as error:
-            room = "when there is room" if error.errno in NO_ROOM else "when that is mended"
-            raise OutputError(
-                f"{error.filename or work}: {error.strerror or error}; finished stages are kept in {work}: "
-                f"run the same command again {room}"
-            ) from error
-        finally:
+        except BaseException as error:
             with suppress(OSError):
                 _drop_unfinished(work)
+            if not isinstance(error, OSError):
+                raise
+            room = "when there is room" if error.errno in NO_ROOM else "when that is mended"
+            kept = f"; finished stages are kept in {work}" if work.exists() else ""
+            raise OutputError(
+                f"{error.filename or work}: {error.strerror or error}; "
+                f"run the same command again {room}{kept}"
+            ) from error
 
 
 def _drop_unfinished(work: Path) -> None:

@@ -56,7 +56,7 @@ class Subject:
         cls,
         bundle: Bundle,
         name: str,
-        wanted: Mapping[str, int] | None = None,
+        wanted: Mapping[str, int],
         checkpoint: Path | None = None,
     ) -> Subject:
         """Sizes that are not `wanted` are what the spec is tuned for. Raises UsageError."""

@@ -24,6 +24,7 @@ Case = tuple[dict[str, int], dict[str, Array], dict[str, Array]]  # sizes, input
 def verify_sizes(stage: Stage, config: NovaConfig) -> Iterator[dict[str, int]]:
     """Three sizes of every axis, small and unlike those that were traced; the first is the least of each."""
     tokens, before, frame = config.num_tokens, config.condition_tokens, config.frame_tokens
+    stride = config.image_size[0] // config.latent_size[0]
     wanted = {
         "rows": (1, 2, 3),
         "prompts": (1, 3, 1),
@@ -39,6 +40,8 @@ def verify_sizes(stage: Stage, config: NovaConfig) -> Iterator[dict[str, int]]:
         "latent_frames": (1, 2, 3),
         "latent_height": (4, 6, 4),
         "latent_width": (6, 4, 8),
+        "height": (4 * stride, 6 * stride, 4 * stride),
+        "width": (6 * stride, 4 * stride, 8 * stride),
     }
     for case in range(3):
         yield {axis.name: min(max(wanted[axis.name][case], axis.min), axis.max) for axis in stage.axes}

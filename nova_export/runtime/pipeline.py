@@ -156,7 +156,8 @@ class Pipeline:
         posterior = self._stage("vae_encoder").run({"pixels": pixels.transpose(2, 0, 1)[None]})
         latents: Floats = posterior["latents_mean"]
         if self.config.vae.get("double_z", True):  # without a variance the published pipeline draws nothing
-            latents = latents + posterior["latents_std"] * generator.normal(latents.shape)
+            spread: Floats = posterior["latents_std"] * generator.normal(latents.shape)
+            latents = latents + spread
         return np.repeat(latents, plan.batch, axis=0)
 
     def _condition(self, request: Request, plan: Plan) -> Floats:

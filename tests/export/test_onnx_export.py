@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -196,17 +198,35 @@ def stage_of(*outputs: Tensor) -> Stage:
 TWICE, SUMMED = Tensor("twice", "float32", ("rows", 3)), Tensor("summed", "float32", ("rows",))
 
 
-def test_any_module_with_a_spec_is_exported(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
+def test_any_module_with_a_spec_is_exported(tmp_path: Path) -> None:
     stage = stage_of(TWICE, SUMMED)
     export_onnx(stage, Doubled(), tmp_path / "doubled.onnx")
     with OrtRunner(stage, tmp_path / "doubled.onnx") as runner:
-        x = np.arange(6, dtype=np.float32).reshape(2, 3)
+        x = np.arange(9, dtype=np.float32).reshape(3, 3)
         outputs = runner.run({"x": x})
     np.testing.assert_array_equal(outputs["twice"], 2 * x)
-    np.testing.assert_array_equal(outputs["summed"], [3, 12])
-    assert capfd.readouterr().out == "" and len(recwarn) == 0  # what the exporter says is not the user's
+    np.testing.assert_array_equal(outputs["summed"], [3, 12, 21])
+
+
+def test_what_the_exporter_says_is_not_the_user_s(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        print("exporting")
+        warnings.warn("deprecated", stacklevel=1)
+        logging.getLogger("torch.onnx").warning("pruned")
+        return original(*arguments, **options)
+
+    original = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", talkative)
+    export_onnx(stage_of(TWICE, SUMMED), Doubled(), tmp_path / "doubled.onnx")
+    assert capfd.readouterr().out == "" and len(recwarn) == 0
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert logging.getLogger("torch.onnx").isEnabledFor(logging.WARNING)  # again
 
 
 def test_a_graph_unlike_its_spec_is_refused(tmp_path: Path) -> None:

@@ -23,10 +23,17 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from nova_export.errors import CheckpointError
-from reference_model.vae import Tiling, VaeDecoder, VaeEncoder, build_vae
+from nova_export.config import Tiling, vae_tiling
+from reference_model.vae import VaeDecoder, VaeEncoder
 from reference_model.vae.blocks import interpolate_in_time, repeat_in_time
 
 TESTS = Path(__file__).parents[1]
+STRIDES = {  # pixels per latent of the configs below
+    "AutoencoderKLOpenSora": 8,
+    "AutoencoderKL": 4,
+    "AutoencoderKLCogVideoX": 8,
+    "AutoencoderKLLTXVideo": 32,
+}
 TILES = {1: 1, 2: 1, 3: 2}  # latent frames -> batch
 CONFIGS: dict[str, dict[str, Any]] = {
     "opensora": {
@@ -81,10 +88,9 @@ def rule(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def inputs(config: dict[str, Any], latent_frames: int) -> tuple[Tensor, Tensor]:
     """Latents (B, C, l, 2, 1) and an image (1, 3, H, W) of that size."""
-    vae = build_vae(config)
-    height, width = 2 * vae.spatial_stride, vae.spatial_stride
-    shape = (TILES[latent_frames], vae.latent_channels, latent_frames, 2, 1)
-    return noise(f"latents {latent_frames}", shape), noise("image", (1, 3, height, width)).clamp(-1, 1)
+    stride = STRIDES[config["_class_name"]]
+    shape = (TILES[latent_frames], config["latent_channels"], latent_frames, 2, 1)
+    return noise(f"latents {latent_frames}", shape), noise("image", (1, 3, 2 * stride, stride)).clamp(-1, 1)
 
 
 def make(stage: type, config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
@@ -137,7 +143,7 @@ def test_decoder_equals_the_published_module(name: str, latent_frames: int) -> N
     decoder, record = recorded(name, VaeDecoder)
     latents, _ = inputs(CONFIGS[name], latent_frames)
     pixels = decoder(latents)
-    tiling = build_vae(CONFIGS[name]).tiling
+    tiling = vae_tiling(CONFIGS[name])
     assert pixels.shape[2] == tiling.frames_per_latent * (latent_frames - 1) + 1
     assert_near(pixels[..., ::3, ::3], record[f"pixels_{latent_frames}"], 5e-5)
 
@@ -201,13 +207,11 @@ def test_decoder_is_causal_up_to_its_norms() -> None:
 
 
 def test_tiling_is_the_published_one() -> None:
-    tilings = {name: build_vae(config).tiling for name, config in CONFIGS.items()}
-    assert tilings["opensora"] == Tiling(5, latent_overlap=1, drop_frames=1, frames_per_latent=4)
-    assert tilings["cogvideox"] == Tiling(5, latent_overlap=0, drop_frames=1, frames_per_latent=4)
-    assert tilings["ltx"] == Tiling(32, latent_overlap=0, drop_frames=1, frames_per_latent=8)
-    assert tilings["image"] == Tiling(1, latent_overlap=0, drop_frames=0, frames_per_latent=1)
-    strides = {name: build_vae(config).spatial_stride for name, config in CONFIGS.items()}
-    assert strides == {"opensora": 8, "image": 4, "cogvideox": 8, "ltx": 32}
+    tilings = {name: vae_tiling(config) for name, config in CONFIGS.items()}
+    assert tilings["opensora"] == Tiling(5, overlap=1, drop=1, frames_per_latent=4)
+    assert tilings["cogvideox"] == Tiling(5, overlap=0, drop=1, frames_per_latent=4)
+    assert tilings["ltx"] == Tiling(32, overlap=0, drop=1, frames_per_latent=8)
+    assert tilings["image"] == Tiling(1, overlap=0, drop=0, frames_per_latent=1)
 
 
 @torch.no_grad()
@@ -257,7 +261,7 @@ def test_ltx_weights_named_by_diffusers_load_too() -> None:
 def test_unknown_configs_are_refused(change: dict[str, Any]) -> None:
     config = {**CONFIGS["opensora"], **change}
     with pytest.raises(CheckpointError, match=r"vae/config\.json"):
-        build_vae(config), VaeDecoder(config), VaeEncoder(config)
+        vae_tiling(config), VaeDecoder(config), VaeEncoder(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

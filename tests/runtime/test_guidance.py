@@ -178,9 +178,9 @@ def whole_latent(
 @pytest.mark.parametrize(
     "options",
     [
-        {"scale": 9.0, "renorm": 0.3},
+        {"scale": 9.0, "renorm": 0.6},
         {"scale": 9.0, "renorm": 0.0, "trunc": 400.0},
-        {"scale": 9.0, "renorm": 0.5, "image_scale": 2.0},
+        {"scale": 9.0, "renorm": 0.2, "image_scale": 2.0},
         {"scale": 9.0, "renorm": 1.0},
     ],
     ids=["renorm", "trunc", "image", "off"],
@@ -196,8 +196,8 @@ def test_renorm_is_over_the_whole_latent(scheduler: dict[str, Any], options: dic
     plan = Plan(config, batch, 1, 4, schedule, guidance)
     torch.manual_seed(1)
     head = DiffusionHead(config).eval().requires_grad_(False)
-    for parameter in head.parameters():  # far enough from each other for guided predictions to be long
-        torch.nn.init.normal_(parameter, std=0.6)
+    for parameter in head.parameters():  # so large that ratios are 0.3 to 0.8, so small that the rest counts
+        torch.nn.init.normal_(parameter, std=0.15)
     order = torch.stack([torch.randperm(config.num_tokens) for _ in range(batch)]).numpy()
     predicted, chosen, later = order[:, :3], order[:, 3 : 3 + size], order[:, 3 + size :]
     positions = token_positions(config, batch)
