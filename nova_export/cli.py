@@ -20,6 +20,8 @@ EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "transformers", "diffusers", "safetensors")
 
+BENCH_ARGUMENTS = ("max_latent_length", "num_inference_steps", "num_diffusion_steps")
+
 Command = Callable[..., Any]
 
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
@@ -34,7 +36,9 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
+)
 @click.option("--target", default="cpu", show_default=True, help="What the bundle runs on.")
 @click.option("--precision", default="fp32", show_default=True, help="Precision of weights and arithmetic.")
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
@@ -53,17 +57,29 @@ def build(
     try:
         with StageProgress(quiet) as progress:
             path = build_bundle(
-                checkpoint, out, target=target, precision=precision, verify=verify, force=force, report=progress
+                checkpoint,
+                out,
+                target=target,
+                precision=precision,
+                verify=verify,
+                force=force,
+                report=progress,
             )
     except KeyboardInterrupt:
-        raise Cancelled("stopped; finished stages are kept, and the same command goes on from there") from None
+        raise Cancelled(
+            "stopped; finished stages are kept, and the same command goes on from there"
+        ) from None
     click.echo(path)
 
 
 @cli.command()
 @click.argument("name")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint to write.")
-@click.option("--text-encoder", default="phi-2", show_default=True, help="Its size: phi-2, or LAYERSxWIDTH like 2x64.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint to write."
+)
+@click.option(
+    "--text-encoder", default="phi-2", show_default=True, help="Its size: phi-2, or LAYERSxWIDTH like 2x64."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same weights.")
 def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
     """Write a checkpoint of the published architecture NAME with random weights. Needs the `export` extra.
@@ -103,10 +119,20 @@ def generation_options(command: Command) -> Command:
     help="File to write: .mp4, .gif, .png (first frame) or .npz (frames and latents).",
 )  # fmt: skip
 @generation_options
-@click.option("--fps", type=click.FloatRange(min=1, max=240), default=12, show_default=True, help="Frames a second of the file.")
+@click.option(
+    "--fps",
+    type=click.FloatRange(min=1, max=240),
+    default=12,
+    show_default=True,
+    help="Frames a second of the file.",
+)
 @click.option("--save-latents", type=click.Path(path_type=Path), help="Also write the latents to this .npz.")
-@click.option("--from-latents", type=click.Path(path_type=Path), help="Decode the latents of this .npz; no PROMPT.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime.")
+@click.option(
+    "--from-latents", type=click.Path(path_type=Path), help="Decode the latents of this .npz; no PROMPT."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime."
+)
 @click.option("--low-memory", is_flag=True, help="Keep only the stages of one phase loaded.")
 @quiet_option
 @json_option
@@ -130,7 +156,9 @@ def run(
 
     started = time.monotonic()
     if bundle is None:
-        raise UsageError("no bundle given; --bundle FOLDER names one, `nova-export build CHECKPOINT -o FOLDER` makes it")
+        raise UsageError(
+            "no bundle given; --bundle FOLDER names one, `nova-export build CHECKPOINT -o FOLDER` makes it"
+        )
     if save_latents is not None and save_latents.suffix.lower() != ".npz":
         raise UsageError(f"--save-latents writes an .npz, not {save_latents.name!r}")
     for path in (out, save_latents):
@@ -148,7 +176,9 @@ def run(
     if as_json:
         files = [str(path) for path in written]
         shape = list(output.frames.shape)
-        click.echo(json.dumps({"files": files, "seed": output.seed, "frames": shape, "seconds": round(seconds, 3)}))
+        click.echo(
+            json.dumps({"files": files, "seed": output.seed, "frames": shape, "seconds": round(seconds, 3)})
+        )
         return
     for path in written:
         click.echo(path)
@@ -187,7 +217,9 @@ def _class_id(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"{text!r} is no class id; this bundle is class-conditional and takes 0 to 999") from None
+        raise UsageError(
+            f"{text!r} is no class id; this bundle is class-conditional and takes 0 to 999"
+        ) from None
 
 
 @cli.command()
@@ -206,6 +238,66 @@ def inspect(bundle: Path, check: bool, quiet: bool, as_json: bool) -> None:
         opened.check_all()
         described["hashes"] = "match"
     click.echo(json.dumps(described, indent=1) if as_json else format_table(described))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="Checkpoint to compare with, in eager PyTorch."
+)
+@click.option("--stage", "names", multiple=True, help="Measure this stage only; may be given again.")
+@click.option(
+    "--size", "sizes", multiple=True, help="Size of an axis, like predicted=720; may be given again."
+)
+@click.option("--end-to-end/--no-end-to-end", default=True, help="Also a whole generation.")
+@click.option("--max-latent-length", type=int, help="Of the whole generation.")
+@click.option("--num-inference-steps", type=int, help="Of the whole generation.")
+@click.option("--num-diffusion-steps", type=int, help="Of the whole generation.")
+@click.option(
+    "--repeats", type=click.IntRange(min=2), default=7, show_default=True, help="Timed runs of each."
+)
+@click.option(
+    "--budget", type=float, default=60.0, show_default=True, help="Seconds for the runs of one stage."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to the library."
+)
+@click.option("--compile/--no-compile", default=False, help="Also torch.compile, where it works.")
+@click.option("--memory/--no-memory", default=True, help="Also peak memory, each in a fresh process.")
+@quiet_option
+@json_option
+def bench(
+    bundle: Path,
+    against: Path | None,
+    names: tuple[str, ...],
+    sizes: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure BUNDLE, side by side with PyTorch if --against is given: a table, then JSON. Needs `export`."""
+    library = _exporter("nova_export.export.bench")
+    from nova_export.progress import StageProgress
+
+    arguments = {name: options.pop(name) for name in BENCH_ARGUMENTS}
+    chosen = library.Options(
+        sizes=dict(map(_size, sizes)),
+        stages=names or None,
+        arguments={name: value for name, value in arguments.items() if value is not None},
+        **options,
+    )
+    with StageProgress(quiet) as progress:
+        result = library.bench(bundle, against, chosen, report=progress)
+    if not as_json:
+        click.echo(library.format_table(result) + "\n")
+    click.echo(json.dumps(result))
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not size.isdigit():
+        raise UsageError(f"--size {text!r}: give AXIS=NUMBER, like predicted=720")
+    return name, int(size)
 
 
 def _exporter(module: str) -> Any:
@@ -249,7 +341,10 @@ def _exit_code(arguments: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BundleError.exit_code
     except MemoryError as error:
-        print(f"error: out of memory ({error}); try --low-memory, or a shorter or smaller video", file=sys.stderr)
+        print(
+            f"error: out of memory ({error}); try --low-memory, or a shorter or smaller video",
+            file=sys.stderr,
+        )
         return 1
     except Exception as error:
         if os.environ.get("NOVA_EXPORT_DEBUG"):

@@ -54,10 +54,13 @@ def format_table(described: dict[str, Any]) -> str:
         for kind in ("inputs", "outputs"):
             lines += [f"  {kind[:-1]:<7}{tensor}" for tensor in _tensors(stage[kind])]
         if stage["axes"]:
-            axes = (f"{axis} {low}..{high} (usually {usual})" for axis, (low, usual, high) in stage["axes"].items())
+            axes = (
+                f"{axis} {low}..{high} (usually {usual})"
+                for axis, (low, usual, high) in stage["axes"].items()
+            )
             lines.append("  where  " + ", ".join(axes))
     if described.get("hashes"):
-        lines.append(f"\nall files match their sha256: the bundle is whole")
+        lines.append("\nall files match their sha256: the bundle is whole")
     return "\n".join(lines)
 
 
@@ -66,7 +69,10 @@ def _tensors(tensors: dict[str, str]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, shape in tensors.items():
         groups.setdefault((name.rstrip("0123456789"), shape), []).append(name)
-    return [f"{names[0]}{f' … {names[-1]}' if len(names) > 1 else ''}  {shape}" for (_, shape), names in groups.items()]
+    return [
+        f"{names[0]}{f' … {names[-1]}' if len(names) > 1 else ''}  {shape}"
+        for (_, shape), names in groups.items()
+    ]
 
 
 def _bytes(size: int) -> str:

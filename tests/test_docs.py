@@ -1,4 +1,4 @@
-"""The documentation says what the code does: commands, options, defaults, exit codes, examples, error messages.
+"""The documentation says what the code does: commands, defaults, exit codes, examples, messages.
 
 After changing a command, `python -m tests.test_docs` writes the tables of docs/cli.md anew.
 """
@@ -9,6 +9,7 @@ import ast
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,34 @@ def default_of(param: click.Parameter) -> str:
     value = param.default
     if param.required:
         return "required"
+    if isinstance(param, click.Option) and param.is_flag and not param.secondary_opts:
+        return "off" if value is not True else "on"
     if isinstance(param, click.Option) and param.secondary_opts:
         return f"`{(param.opts if value else param.secondary_opts)[0]}`"
-    if isinstance(value, bool):
-        return "on" if value else "off"
     return f"`{value}`" if isinstance(value, (str, int, float, Path)) else "none"
 
 
 def kind_of(param: click.Parameter) -> str:
     if isinstance(param, click.Option) and param.is_flag:
         return ""
-    bounds = [f"{sign} {size}" for sign, size in (("≥", getattr(param.type, "min", None)),) if size is not None]
-    bounds += [f"≤ {size}" for size in (getattr(param.type, "max", None),) if size is not None]
+    limits = (("at least", getattr(param.type, "min", None)), ("at most", getattr(param.type, "max", None)))
+    bounds = [f"{sign} {size}" for sign, size in limits if size is not None]
     choices = getattr(param.type, "choices", ())
     name = {"integer range": "integer", "float range": "float"}.get(param.type.name, param.type.name)
     return ", ".join([" or ".join(map(str, choices)) or name, *bounds])
 
 
 def row(param: click.Parameter) -> str:
-    names = [*param.opts, *param.secondary_opts] if isinstance(param, click.Option) else [str(param.name).upper()]
-    text = param.help or "" if isinstance(param, click.Option) else "several are allowed" if param.nargs == -1 else ""
+    names = (
+        [*param.opts, *param.secondary_opts] if isinstance(param, click.Option) else [str(param.name).upper()]
+    )
+    text = (
+        param.help or ""
+        if isinstance(param, click.Option)
+        else "several are allowed"
+        if param.nargs == -1
+        else ""
+    )
     shown = " ".join(f"`{name}`" for name in names)
     return f"| {shown} | {kind_of(param)} | {default_of(param)} | {text} |"
 
@@ -61,10 +70,8 @@ def command_section(name: str, command: click.Command) -> str:
     context = click.Context(command, info_name=f"nova-export {name}")
     usage = command.get_usage(context).removeprefix("Usage: ")
     rows = "\n".join(row(param) for param in command.params)
-    return (
-        f"```\n{usage}\n```\n\n{command.help}\n\n| option | value | default | what it does |\n"
-        f"|---|---|---|---|\n{rows}\n"
-    )
+    head = "| option | value | default | what it does |\n|---|---|---|---|"
+    return f"```\n{usage}\n```\n\n{cleandoc(command.help or '')}\n\n{head}\n{rows}\n"
 
 
 def exit_codes() -> dict[int, str]:
@@ -84,11 +91,14 @@ def exit_code_section() -> str:
 
 def sections() -> dict[str, str]:
     """What docs/cli.md must hold, by the name of the block."""
-    return {**{name: command_section(name, made) for name, made in commands().items()}, "exit codes": exit_code_section()}
+    return {
+        **{name: command_section(name, made) for name, made in commands().items()},
+        "exit codes": exit_code_section(),
+    }
 
 
 def rewritten(text: str) -> str:
-    """The text with every block as it must be; a command without one gets a section in front of the exit codes."""
+    """The text with every block as it must be; a new command gets a section before the exit codes."""
     for name, body in sections().items():
         block = BLOCK.format(name, "\n" + body + "\n")
         pattern = re.compile(re.escape(f"<!-- {name}: ") + r".*?<!-- end -->\n", re.DOTALL)
@@ -157,7 +167,9 @@ def messages() -> str:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
             elif isinstance(node, ast.JoinedStr):
-                texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                texts.append(
+                    "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
     return "\n".join(texts)
 
 
@@ -180,7 +192,9 @@ def test_pages_point_at_what_is_there(page: Path) -> None:
     """Links, and paths of sources in backticks."""
     for target in links(page):
         assert (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:nova_export|reference_model|tests|docs|benchmarks)/[\w/.]+)`", page.read_text("utf-8")):
+    for path in re.findall(
+        r"`((?:nova_export|reference_model|tests|docs|benchmarks)/[\w/.]+)`", page.read_text("utf-8")
+    ):
         assert (ROOT / path).exists(), path
 
 

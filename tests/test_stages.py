@@ -19,7 +19,7 @@ from tests.strategies import configs, tiny_config
 torch = pytest.importorskip("torch")
 
 # Sizes that follow from the inputs', so no axis bounds them.
-DERIVED = {"vae_decoder": {"frames", "height", "width"}}
+DERIVED = {"vae_encoder": {"latent_height", "latent_width"}, "vae_decoder": {"frames", "height", "width"}}
 GOLDEN_NAMES = ("t2v", "t2v-rope", "t2i")
 
 

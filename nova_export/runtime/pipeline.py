@@ -1,7 +1,7 @@
 """Pipeline: a bundle, opened, that makes images and videos. No torch.
 
-    pipe = nova_export.load("bundle/")
-    out = pipe("a red circle moving right", max_latent_length=9, seed=1)
+pipe = nova_export.load("bundle/")
+out = pipe("a red circle moving right", max_latent_length=9, seed=1)
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -116,7 +118,9 @@ class Pipeline:
                 tile = waiting.pop(0)
                 yield from self._decode(np.stack(done, axis=2), tile).swapaxes(0, 1)
 
-    def latents(self, request: Request, generator: TorchGenerator, callback: Callback | None = None) -> Floats:
+    def latents(
+        self, request: Request, generator: TorchGenerator, callback: Callback | None = None
+    ) -> Floats:
         """Latents (B, C, L, h, w) of a request, not decoded, from any source of noise."""
         return np.stack(list(self._frames(request, generator, callback)), axis=2)
 
@@ -132,7 +136,9 @@ class Pipeline:
     def _decode(self, latents: Floats, tile: Tile) -> Frames:
         return decode_tile(self._stage("vae_decoder"), latents, tile)
 
-    def _frames(self, request: Request, generator: TorchGenerator, callback: Callback | None) -> Iterator[Floats]:
+    def _frames(
+        self, request: Request, generator: TorchGenerator, callback: Callback | None
+    ) -> Iterator[Floats]:
         """Latents (B, C, h, w) of each frame as it is finished."""
         plan = request.plan(self.config)
         first_frame = self._first_frame(request, plan, generator)
@@ -141,7 +147,9 @@ class Pipeline:
             yield first_frame
         for step in generate_latents(plan, self._stage, condition, generator, first_frame):
             if callback is not None and callback(step) is False:
-                raise Cancelled(f"cancelled at frame {step.frame + 1} of {step.num_frames}, step {step.step + 1}")
+                raise Cancelled(
+                    f"cancelled at frame {step.frame + 1} of {step.num_frames}, step {step.step + 1}"
+                )
             if step.is_last:
                 yield step.latents
 

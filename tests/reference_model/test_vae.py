@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.export import Dim
 from torch.nn import functional as F
 
-from nova_export.errors import CheckpointError
 from nova_export.config import Tiling, vae_tiling
+from nova_export.errors import CheckpointError
 from reference_model.vae import VaeDecoder, VaeEncoder
 from reference_model.vae.blocks import interpolate_in_time, repeat_in_time
 

@@ -172,7 +172,7 @@ def test_the_order_is_that_of_the_uniform_draws_and_ties_are_stable() -> None:
     uniform = np.array([[0.5, 0.2, 0.5, 0.2], [0, 0, 0, 0]], np.float32)
     calls = generate(config, frames=1, inference_steps=1, uniform=uniform).record.of("spatial_encoder")
     assert calls[0]["next_ids"].tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]] * 2
-    uniform = np.tile(np.arange(24) % 2, (2, 1)).astype(np.float32)  # enough for a sort that is not stable to show
+    uniform = np.tile(np.arange(24) % 2, (2, 1)).astype(np.float32)  # so many that an unstable sort shows
     calls = generate(frames=1, uniform=uniform).record.of("spatial_encoder")
     order = np.concatenate([inputs["next_ids"][0] for inputs in calls])
     assert order.tolist() == [*range(0, 24, 2), *range(1, 24, 2)]
