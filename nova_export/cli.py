@@ -149,7 +149,7 @@ def run(
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    """Generate from PROMPT (several make a batch; class ids for class-conditional bundles) and write a file."""
+    """Generate from PROMPT (several make a batch; class ids for class-conditional ones) and write a file."""
     from nova_export.progress import say
     from nova_export.runtime.media import check_writable, save_outputs
     from nova_export.runtime.pipeline import load
@@ -350,8 +350,8 @@ def _exit_code(arguments: list[str] | None) -> int:
         if os.environ.get("NOVA_EXPORT_DEBUG"):
             raise
         print(
-            f"internal error: {type(error).__name__}: {error}. This is a bug: please report it with the output of "
-            "the same command under NOVA_EXPORT_DEBUG=1",
+            f"internal error: {type(error).__name__}: {error}. This is a bug: please report it with the output "
+            "of the same command under NOVA_EXPORT_DEBUG=1",
             file=sys.stderr,
         )
         return EXIT_BUG

@@ -26,7 +26,7 @@ VARINT, LENGTH = 0, 2
 
 
 def external_files(path: Path) -> set[str]:
-    """Every location of external data in the model, as written there. Raises OSError; ValueError: no model."""
+    """Every location of external data in the model, as written. Raises OSError; ValueError: no model."""
     locations = set()
     waiting = [("model", memoryview(path.read_bytes()))]
     while waiting:

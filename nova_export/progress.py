@@ -1,4 +1,4 @@
-"""Progress on stderr: bars in a terminal, plain lines elsewhere, nothing when quiet. Knows no stage by name."""
+"""Progress on stderr: bars in a terminal, plain lines elsewhere, nothing when quiet. Knows no stage."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class GenerationProgress:
 class StageProgress:
     """A report for `build_bundle`: a line for what each stage goes through, with the seconds it took.
 
-    Leaving its `with` block ends the line of the last stage, which is done unless an exception passes through.
+    Leaving its `with` block ends the line of the last stage, done unless an exception passes through.
     """
 
     def __init__(self, quiet: bool = False) -> None:

@@ -98,7 +98,7 @@ class Pipeline:
         self._close()
 
     def __call__(self, prompt: Any, *, callback: Callback | None = None, **arguments: Any) -> Output:
-        """Generate and decode. Arguments are those of `Request`, named and defaulted as the published pipeline's.
+        """Generate and decode. Arguments are those of `Request`: names and defaults as published.
 
         callback: called after every AR step with a `Step`; returning False cancels (raises Cancelled).
         """
@@ -108,7 +108,7 @@ class Pipeline:
         return Output(self.decode(latents), latents, seed)
 
     def stream(self, prompt: Any, *, callback: Callback | None = None, **arguments: Any) -> Iterator[Frames]:
-        """Frames uint8 (B, H, W, 3), one by one, each as soon as its tile can be decoded. Arguments as in a call."""
+        """Frames uint8 (B, H, W, 3) as soon as their tile can be decoded. Arguments as in a call."""
         request = _request(prompt, arguments)
         waiting = list(tiles(self.config.tiling, request.max_latent_length))
         done: list[Floats] = []
@@ -169,7 +169,7 @@ class Pipeline:
         return np.repeat(latents, plan.batch, axis=0)
 
     def _condition(self, request: Request, plan: Plan) -> Floats:
-        """What stands before the first frame (rows, tokens, D): each prompt num_images_per_prompt times in place."""
+        """What stands before the first frame (rows, tokens, D); each prompt is repeated in place."""
         prompts, negatives = request.prompts(self.config), request.negative_prompts(self.config)
         texts = (prompts, negatives)
         passes = [text for which in plan.guidance.texts for text in texts[which]]
