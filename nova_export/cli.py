@@ -350,8 +350,8 @@ def _exit_code(arguments: list[str] | None) -> int:
         if os.environ.get("NOVA_EXPORT_DEBUG"):
             raise
         print(
-            f"internal error: {type(error).__name__}: {error}. This is a bug: please report it with the output "
-            "of the same command under NOVA_EXPORT_DEBUG=1",
+            f"internal error: {type(error).__name__}: {error}. This is a bug: please report it with the "
+            "output of the same command under NOVA_EXPORT_DEBUG=1",
             file=sys.stderr,
         )
         return EXIT_BUG

@@ -17,7 +17,7 @@ from nova_export.runtime import pipeline
 from nova_export.runtime.generate import Step
 from nova_export.runtime.noise import TorchGenerator
 from nova_export.runtime.pipeline import Pipeline, StageRunners
-from nova_export.runtime.request import Request
+from nova_export.runtime.request import NUMBERS, Request
 from nova_export.stages import stages
 from tests.conftest import GOLDEN
 from tests.runtime.fakes import FakeRunner, Record
@@ -32,10 +32,14 @@ class Runner(FakeRunner):
     """Also those stages that only the pipeline calls."""
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if self.stage.name != "vae_decoder":
+        if not self.stage.name.startswith("vae_"):  # whose outputs have sizes that the inputs do not have
             return super().run(inputs)
         self.stage.bind(inputs)
         self.record.calls.append((self.stage.name, dict(inputs)))
+        outputs: dict[str, Any] = getattr(self, self.stage.name)(inputs)
+        return outputs
+
+    def vae_decoder(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # One frame for the first latent, four for each other; every pixel is the latent's first value.
         values = inputs["latents"][0, 0, :, 0, 0]
         frames = np.concatenate([values[:1], np.repeat(values[1:], 4)])
@@ -53,7 +57,7 @@ class Runner(FakeRunner):
         return {"condition": np.zeros(shape, np.float32)}
 
     def vae_encoder(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        shape = self.stage.shapes({}, outputs=True)["latents_mean"]
+        shape = (1, VIDEO.latent_channels, *VIDEO.latent_size)
         return {
             "latents_mean": np.full(shape, MEAN, np.float32),
             "latents_std": np.full(shape, STD, np.float32),
@@ -91,6 +95,16 @@ def test_every_latent_frame_is_decoded(count: int) -> None:
     assert frames.shape == (2, 1 + (count - 1) * 4, 2, 2, 3) and frames.dtype == np.uint8
     expected = [10 * ((frame + 3) // 4) for frame in range(frames.shape[1])]
     assert frames[0, :, 0, 0, 0].tolist() == expected == frames[1, :, 0, 0, 2].tolist()
+
+
+@pytest.mark.parametrize("count", [6, 11])
+def test_a_last_latent_alone_loses_no_frames(count: int) -> None:
+    """Tiles that share no latent: one of a single latent would lose its frame to `drop`."""
+    vae = {"_class_name": "AutoencoderKLCogVideoX", "block_out_channels": [32] * 4}
+    latents = np.zeros((1, 4, count, *VIDEO.latent_size), np.float32)
+    latents += 10 * np.arange(count, dtype=np.float32)[:, None, None]
+    frames = Fixture(replace(VIDEO, vae=vae)).pipe.decode(latents)[0, :, 0, 0, 0]
+    assert frames[-4:].tolist() == [10 * (count - 1)] * 4
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3, 8), (1, 5, 3, 8, 12), (1, 4, 3, 12, 8)])
@@ -275,6 +289,14 @@ def test_a_seed_that_was_drawn_gives_the_same_again() -> None:
     assert first.seed is not None and 0 <= first.seed < 2**32
     assert first.seed != Fixture().pipe("a", **arguments).seed
     np.testing.assert_array_equal(Fixture().pipe("a", **{**SHORT, "seed": first.seed}).latents, first.latents)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "3"])
+@pytest.mark.parametrize("name", [*NUMBERS, "min_guidance_scale", "flow_shift"])
+def test_numbers_that_are_none(name: str, value: Any) -> None:
+    config = NovaConfig.from_parts(**parts(scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"}))
+    with pytest.raises(UsageError, match=name.removesuffix("_guidance_scale")):
+        Fixture(config).pipe("a", **{name: value})
 
 
 def test_unknown_argument() -> None:
