@@ -52,10 +52,10 @@ def build(
     A build that was stopped goes on where it was when the same command is run again.
     """
     build_bundle = _exporter("nova_export.export.build").build_bundle
-    from nova_export.progress import StageProgress
+    from nova_export.progress import StageProgress, insistent_interrupt
 
     try:
-        with StageProgress(quiet) as progress:
+        with insistent_interrupt(), StageProgress(quiet) as progress:
             path = build_bundle(
                 checkpoint,
                 out,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -93,6 +97,24 @@ class StageProgress:
         clear = "\r\033[K" if sys.stderr.isatty() else ""
         say(f"{clear}{self._stage}: {how} in {time.monotonic() - self._since:.1f} s")
         self._stage = ""
+
+
+@contextmanager
+def insistent_interrupt() -> Iterator[None]:
+    """A Ctrl-C that falls into a destructor, where Python drops every exception, comes again at once."""
+    default = sys.unraisablehook
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.02, _thread.interrupt_main).start()
+        else:
+            default(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = default
 
 
 def say(message: str) -> None:

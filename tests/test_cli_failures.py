@@ -184,3 +184,27 @@ def test_a_terminal_gets_one_line_a_stage(
     lines = capsys.readouterr().err.split("\n")
     assert lines[0].split("\r\033[K")[1:3] == ["first: loading …", "first: exporting …"]
     assert "first: done in 0.0 s" in lines[0] and lines[1:] == ["second: reused", ""]
+
+
+def test_interrupt_in_a_destructor_is_not_lost() -> None:
+    """torch's weak references swallow one Ctrl-C in ten during an export."""
+
+    class Owner:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), progress.insistent_interrupt():
+        Owner()
+        time.sleep(10)
+
+
+def test_other_errors_in_destructors_are_shown_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Owner:
+        def __del__(self) -> None:
+            raise ValueError
+
+    seen: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    with progress.insistent_interrupt():
+        Owner()
+    assert seen[0].exc_type is ValueError

@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nova_export.bundle import Bundle
 from nova_export.config import NovaConfig
 from nova_export.errors import Cancelled
-from nova_export.export.contenders import Run, Subject, contender
+from nova_export.export.contenders import Run, Subject, contenders
 from nova_export.export.peak_memory import measure
 from nova_export.runtime.pipeline import Pipeline, StageRunners
 from nova_export.runtime.runner import Array, Runner
@@ -90,32 +90,36 @@ def bench(
 
 def bench_stage(subject: Subject, options: Options, report: Report) -> dict[str, Any]:
     """Every form of one stage on the same sizes. Only this stage is in memory."""
-    name, inputs, notes = subject.stage.name, subject.inputs(), []
-    runs: dict[str, Run] = {}
-    with ExitStack() as stack:
-        for kind in subject.kinds:
-            if kind == "compiled" and not options.compile:
-                continue
-            report(name, f"loading {kind}")
-            run = stack.enter_context(contender(kind, subject, inputs, options.threads))
-            try:
-                run()  # not counted: the first run allocates, and compiles
-            except Exception as error:
-                if kind != "compiled":
-                    raise
-                notes.append(f"torch.compile: {_first_line(error)}")
-                continue
-            runs[kind] = run
-        report(name, "timing")
-        results = {kind: _timing(seconds) for kind, seconds in interleave(runs, options).items()}
-    del runs, run
-    gc.collect()
+    name = subject.stage.name
+    results, notes = _time_forms(subject, options, report)
+    gc.collect()  # before other processes want memory
     if options.memory:
         report(name, "measuring memory")
         for kind in results:
             job = {"stage": name, "sizes": subject.sizes}
             results[kind]["memory_bytes"] = measure({**job, **_job(kind, subject, options)})
     return {"stage": name, "sizes": dict(subject.sizes), "results": results, "notes": notes}
+
+
+def _time_forms(
+    subject: Subject, options: Options, report: Report
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Timings by form, and a line for torch.compile where it fails."""
+    kinds = [kind for kind in subject.kinds if kind != "compiled" or options.compile]
+    notes = []
+    report(subject.stage.name, "loading")
+    with contenders(kinds, subject, subject.inputs(), options.threads) as runs:
+        for kind, run in list(runs.items()):
+            try:
+                run()  # not counted: the first run allocates, and compiles
+            except Exception as error:
+                if kind != "compiled":
+                    raise
+                notes.append(f"torch.compile: {_first_line(error)}")
+                del runs[kind]
+        report(subject.stage.name, "timing")
+        seconds = interleave(runs, options)
+    return {kind: _timing(each) for kind, each in seconds.items()}, notes
 
 
 def bench_end_to_end(

@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import nova_export
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, sha256
 from nova_export.config import NovaConfig
@@ -165,12 +167,12 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
         path.unlink(missing_ok=True)  # it may be a link to the file of the bundle that is being replaced
     report(spec.name, "exporting")
     export_onnx(spec, module, graph)
-    verified = None
     if job.verify:
         report(spec.name, "verifying")
-        cases = reference_cases(spec, job.config, module)
-        del module
-        _return_memory()
+    cases = reference_cases(spec, job.config, module) if job.verify else []
+    _free(module)
+    verified = None
+    if job.verify:
         with OrtRunner(spec, graph) as runner:
             verified = check_cases(spec, runner, cases)
         del cases
@@ -182,6 +184,13 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
         "precision": job.precision.name,
         "verified": verified,
     }
+
+
+def _free(module: nn.Module) -> None:
+    """Give up a module's weights, although caches of the exporter still hold its tensors."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.new_empty(0)
+    _return_memory()
 
 
 def _return_memory() -> None:

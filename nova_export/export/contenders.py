@@ -11,8 +11,8 @@ Must not know time or memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,24 +102,37 @@ def stage_sizes(stage: Stage, wanted: Mapping[str, int]) -> dict[str, int]:
 
 
 @contextmanager
-def contender(kind: str, subject: Subject, inputs: Mapping[str, Array], threads: int = 0) -> Iterator[Run]:
-    """One form of the stage, loaded; at the end its weights are freed. `threads` 0: as many as it likes."""
+def contenders(
+    kinds: Sequence[str], subject: Subject, inputs: Mapping[str, Array], threads: int = 0
+) -> Iterator[dict[str, Run]]:
+    """These forms of the stage, loaded; at the end their weights are freed. Those in torch share one module.
+
+    threads 0: as many as each library likes.
+    """
     bundle, stage = subject.bundle, subject.stage
-    if kind == "onnx":
-        with OrtRunner(stage, bundle.path(bundle.stages[stage.name].graph), threads) as runner:
-            yield lambda: runner.run(inputs)
-        return
-    assert subject.checkpoint is not None
-    if threads:
-        torch.set_num_threads(threads)
-    module = load_module(stage, bundle.config, subject.checkpoint)
-    with torch.inference_mode():
-        if kind == "published":
-            yield published(subject, module, inputs)
-        else:
-            call = torch.compile(module) if kind == "compiled" else module
-            tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-            yield lambda: call(**tensors)
+    runs: dict[str, Run] = {}
+    with ExitStack() as stack:
+        if "onnx" in kinds:
+            graph = bundle.path(bundle.stages[stage.name].graph)
+            runner = stack.enter_context(OrtRunner(stage, graph, threads))
+            runs["onnx"] = lambda: runner.run(inputs)
+        if in_torch := [kind for kind in kinds if kind != "onnx"]:
+            assert subject.checkpoint is not None
+            if threads:
+                torch.set_num_threads(threads)
+            stack.enter_context(torch.inference_mode())
+            module = load_module(stage, bundle.config, subject.checkpoint)
+            runs.update((kind, in_torch_form(kind, subject, module, inputs)) for kind in in_torch)
+        yield runs
+
+
+def in_torch_form(kind: str, subject: Subject, module: nn.Module, inputs: Mapping[str, Array]) -> Run:
+    """The module itself, compiled, or the published form in its place."""
+    if kind == "published":
+        return published(subject, module, inputs)
+    call = torch.compile(module) if kind == "compiled" else module
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return lambda: call(**tensors)
 
 
 def published(subject: Subject, module: nn.Module, inputs: Mapping[str, Array]) -> Run:

@@ -68,6 +68,8 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
     for initializer in list(graph.initializers.values()):
         initializer.name = str(initializer.name).removeprefix("module.")
     program.save(path, external_data=True)
+    for initializer in graph.initializers.values():
+        initializer.const_value = None  # the exporter's rewrite rules keep the last graph alive
 
 
 class _Positional(nn.Module):

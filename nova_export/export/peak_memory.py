@@ -42,16 +42,16 @@ def _status(key: str) -> int:
 
 def _stage(job: Mapping[str, Any]) -> int:
     from nova_export.bundle import Bundle
-    from nova_export.export.contenders import Subject, contender
+    from nova_export.export.contenders import Subject, contenders
 
     checkpoint = Path(job["checkpoint"]) if job["checkpoint"] else None
     subject = Subject.of(Bundle.open(job["bundle"]), job["stage"], job["sizes"], checkpoint)
     inputs = subject.inputs()
     CLEAR.write_text("5")  # high water down to what is held now
     before = _status("VmRSS")
-    with contender(job["kind"], subject, inputs, job["threads"]) as run:
-        run()
-        run()
+    with contenders([job["kind"]], subject, inputs, job["threads"]) as runs:
+        for _ in range(2):
+            runs[job["kind"]]()
     return _status("VmHWM") - before
 
 
