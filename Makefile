@@ -43,7 +43,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 
 bench: demo/bundle/manifest.json
-	$(BIN)/nova-export bench demo/bundle
+	$(BIN)/nova-export bench demo/bundle --against $(DEMO_CHECKPOINT)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
