@@ -60,7 +60,8 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(f"stage {stage.name}: torch.onnx.export failed: {error}") from error
+            cause = _root_cause(error)
+            raise ExportError(f"stage {stage.name}: torch.onnx.export failed: {cause}") from error
     assert program is not None
     graph = program.model.graph
     _name(stage, graph.inputs, stage.inputs, "inputs")
@@ -70,6 +71,13 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
     program.save(path, external_data=True)
     for initializer in graph.initializers.values():
         initializer.const_value = None  # the exporter's rewrite rules keep the last graph alive
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost error in one line: what the exporter wraps around it is advice to its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 class _Positional(nn.Module):
