@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+# A job in the background of a shell starts with Ctrl-C ignored, and its children inherit that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTATIONS = ("latents_shape", "frames_shape", "latents_std", "frames_std", "expect")

@@ -67,7 +67,9 @@ def row(param: click.Parameter) -> str:
 
 
 def command_section(name: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=f"nova-export {name}")
+    group = cli.cli
+    parent = click.Context(group, info_name="nova-export", **group.context_settings)
+    context = click.Context(command, info_name=name, parent=parent)
     usage = command.get_usage(context).removeprefix("Usage: ")
     rows = "\n".join(row(param) for param in command.params)
     head = "| option | value | default | what it does |\n|---|---|---|---|"
