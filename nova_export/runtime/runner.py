@@ -45,6 +45,8 @@ class OrtRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3  # errors; they are raised as well
+        # Threads of one stage would spin on into the next one's time: benchmarks/LOG.md.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no public base class for its errors
