@@ -7,25 +7,28 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from nova_export import __version__
-from nova_export.errors import BundleError, Cancelled, DependencyError, NovaExportError, UsageError
+from nova_export.cli_eval import evaluate
+from nova_export.cli_options import (
+    build_with_progress,
+    bundle_or_demo,
+    exporter,
+    generation_options,
+    json_option,
+    quiet_option,
+)
+from nova_export.errors import BundleError, NovaExportError, UsageError
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
-EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "transformers", "diffusers", "safetensors")
+PUBLISHED_LENGTH = 9  # latent frames of published videos, whatever their time table is made for
 
 BENCH_ARGUMENTS = ("max_latent_length", "num_inference_steps", "num_diffusion_steps")
-
-Command = Callable[..., Any]
-
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,41 +38,26 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
-)
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the bundle to write.")
 @click.option("--target", default="cpu", show_default=True, help="What the bundle runs on.")
 @click.option("--precision", default="fp32", show_default=True, help="Precision of weights and arithmetic.")
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")
 @quiet_option
-def build(
-    checkpoint: Path, out: Path, target: str, precision: str, verify: bool, force: bool, quiet: bool
-) -> None:
+def build(checkpoint: Path | None, out: Path | None, quiet: bool, **options: Any) -> None:
     """Export CHECKPOINT (a published NOVA folder) to a bundle. Needs the `export` extra.
 
-    A build that was stopped goes on where it was when the same command is run again.
+    Without CHECKPOINT it is the demo that comes with the package, and without --out its bundle goes where
+    `run` looks for it. A build that was stopped goes on where it was when the same command is run again.
     """
-    build_bundle = _exporter("nova_export.export.build").build_bundle
-    from nova_export.progress import StageProgress, insistent_interrupt
+    from nova_export.demo import demo_bundle_folder, demo_checkpoint
 
-    try:
-        with insistent_interrupt(), StageProgress(quiet) as progress:
-            path = build_bundle(
-                checkpoint,
-                out,
-                target=target,
-                precision=precision,
-                verify=verify,
-                force=force,
-                report=progress,
-            )
-    except KeyboardInterrupt:
-        raise Cancelled(
-            "stopped; finished stages are kept, and the same command goes on from there"
-        ) from None
-    click.echo(path)
+    if out is None and checkpoint is not None:
+        raise UsageError(f"--out FOLDER is missing: where to write the bundle of {checkpoint}")
+    if out is None:
+        out, options["force"] = demo_bundle_folder(), True
+    click.echo(build_with_progress(checkpoint or demo_checkpoint(), out, quiet, **options))
 
 
 @cli.command()
@@ -86,39 +74,26 @@ def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
 
     For trying, testing and timing at full size without a download; its pictures mean nothing.
     """
-    init_checkpoint = _exporter("reference_model.init").init_checkpoint
+    init_checkpoint = exporter("reference_model.init").init_checkpoint
     click.echo(init_checkpoint(name, out, text_encoder=text_encoder, seed=seed))
-
-
-def generation_options(command: Command) -> Command:
-    """The arguments of `Request`, as --kebab-case, named and defaulted as the published pipeline's."""
-    from dataclasses import fields
-
-    from nova_export.runtime.request import HELP, Request
-
-    for field in reversed(fields(Request)):
-        if field.name == "prompt":
-            continue
-        kind = {"int": int, "float": float}.get(str(field.type).removesuffix(" | None"), str)
-        command = click.option(
-            "--" + field.name.replace("_", "-"),
-            type=kind,
-            default=field.default,
-            show_default=field.default is not None,
-            help=HELP[field.name],
-            multiple=False,
-        )(command)
-    return command
 
 
 @cli.command()
 @click.argument("prompt", nargs=-1)
-@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle folder, made by `nova-export build`.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path),
+    help="Bundle folder, made by `nova-export build`; that of the demo if not given.",
+)  # fmt: skip
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("out.mp4"), show_default=True,
     help="File to write: .mp4, .gif, .png (first frame) or .npz (frames and latents).",
 )  # fmt: skip
-@generation_options
+@click.option(
+    "--max-latent-length", type=int,
+    help="Latent frames to generate; 1 makes an image. If not given: an image for a .png, else a video "
+    "of the length that the checkpoint was trained for.",
+)  # fmt: skip
+@generation_options(without=("max_latent_length",))
 @click.option(
     "--fps",
     type=click.FloatRange(min=1, max=240),
@@ -155,19 +130,20 @@ def run(
     from nova_export.runtime.pipeline import load
 
     started = time.monotonic()
-    if bundle is None:
-        raise UsageError(
-            "no bundle given; --bundle FOLDER names one, `nova-export build CHECKPOINT -o FOLDER` makes it"
-        )
     if save_latents is not None and save_latents.suffix.lower() != ".npz":
         raise UsageError(f"--save-latents writes an .npz, not {save_latents.name!r}")
+    if not prompt and from_latents is None:
+        raise UsageError('no PROMPT given; nova-export run "a red circle moving right"')
     for path in (out, save_latents):
         if path is not None:
             check_writable(path)
-    pipe = load(bundle, threads=threads, low_memory=low_memory)
+    pipe = load(bundle_or_demo(bundle, quiet), threads=threads, low_memory=low_memory)
     if from_latents is not None:
         output = _decode(pipe, from_latents, prompt)
     else:
+        if arguments["max_latent_length"] is None:
+            still = out.suffix.lower() == ".png" or not pipe.config.is_video
+            arguments["max_latent_length"] = 1 if still else min(pipe.config.base_frames, PUBLISHED_LENGTH)
         output = _generate(pipe, prompt, arguments, quiet)
     written = save_outputs(out, output.frames, output.latents, fps)
     if save_latents is not None:
@@ -186,15 +162,11 @@ def run(
         batch, count, height, width, _ = output.frames.shape
         seed = "" if output.seed is None else f", seed {output.seed}"
         say(f"{batch} x {count} frames of {width}x{height}{seed}, {seconds:.1f} s")
-        if count == 1 and pipe.config.is_video and out.suffix in (".mp4", ".gif") and from_latents is None:
-            say(f"one frame only: --max-latent-length {pipe.config.base_frames} makes a video")
 
 
 def _generate(pipe: Any, prompts: tuple[str, ...], arguments: dict[str, Any], quiet: bool) -> Any:
     from nova_export.progress import GenerationProgress
 
-    if not prompts:
-        raise UsageError('no PROMPT given; nova-export run "a red circle moving right" --bundle FOLDER')
     class_conditional = pipe.config.is_class_conditional
     texts = [_class_id(text) for text in prompts] if class_conditional else list(prompts)
     if class_conditional and arguments["negative_prompt"] is not None:
@@ -276,7 +248,7 @@ def bench(
     **options: Any,
 ) -> None:
     """Measure BUNDLE, side by side with PyTorch if --against is given: a table, then JSON. Needs `export`."""
-    library = _exporter("nova_export.export.bench")
+    library = exporter("nova_export.export.bench")
     from nova_export.progress import StageProgress
 
     arguments = {name: options.pop(name) for name in BENCH_ARGUMENTS}
@@ -300,17 +272,7 @@ def _size(text: str) -> tuple[str, int]:
     return name, int(size)
 
 
-def _exporter(module: str) -> Any:
-    """A module that needs the export extra. Raises DependencyError where it is not installed."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    for package in EXPORT_PACKAGES:
-        if find_spec(package) is None:
-            raise DependencyError(
-                f"this command needs {package!r}, which is not installed: pip install 'nova-export[export]'"
-            )
-    return import_module(module)
+cli.add_command(evaluate)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

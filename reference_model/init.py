@@ -20,7 +20,7 @@ from nova_export.config import NovaConfig
 from nova_export.errors import OutputError, UsageError
 from reference_model import parameters
 from reference_model.random_weights import write_weights
-from reference_model.small_tokenizer import write_tokenizer
+from reference_model.small_tokenizer import common_merges, write_tokenizer
 
 Config = Mapping[str, Any]
 Report = Callable[[str, str], object]  # part of the checkpoint, what is being done to it
@@ -245,22 +245,23 @@ def _phi(text_encoder: str) -> dict[str, Any]:
 
 def _write(folder: Path, parts: Parts, config: NovaConfig, seed: int, report: Report) -> None:
     """All files of the checkpoint. The text encoder, which may be most of it, comes last."""
-    _json(folder / "model_index.json", _model_index(parts))
-    _json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
+    write_json(folder / "model_index.json", model_index(parts))
+    write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
     weights = [
         ("transformer", parts.transformer, "diffusion_pytorch_model", parameters.transformer(config)),
         ("vae", parts.vae, "diffusion_pytorch_model", parameters.autoencoder(parts.vae)),
     ]
     if parts.text_encoder is not None:
-        write_tokenizer(folder / "tokenizer")
+        write_tokenizer(folder / "tokenizer", common_merges())
         weights.append(("text_encoder", parts.text_encoder, "model", parameters.phi(parts.text_encoder)))
     for part, values, stem, table in weights:
         report(part, "writing")
-        _json(folder / part / "config.json", values)
+        write_json(folder / part / "config.json", values)
         write_weights(folder / part, stem, list(table), seed, part)
 
 
-def _model_index(parts: Parts) -> dict[str, Any]:
+def model_index(parts: Parts) -> dict[str, Any]:
+    """model_index.json: which class each part is."""
     vae = {"AutoencoderKL": "autoencoder_kl", "AutoencoderKLOpenSora": "autoencoder_kl_opensora"}
     scheduler = {"DDPMScheduler": "ddpm", "FlowMatchEulerDiscreteScheduler": "cfm"}
     vae_class, scheduler_class = parts.vae["_class_name"], parts.scheduler["_class_name"]
@@ -276,6 +277,7 @@ def _model_index(parts: Parts) -> dict[str, Any]:
     return index
 
 
-def _json(path: Path, values: Config) -> None:
+def write_json(path: Path, values: Config) -> None:
+    """`values`, indented; makes the folder."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

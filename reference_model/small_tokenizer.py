@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,13 +25,18 @@ a l|a r|Ġt o|Ġ m|Ġo f|Ġ in|Ġ d|Ġ h|Ġan d|i c|l e|Ġt h|i on|o m|l l|en t|
 """
 
 
-def write_tokenizer(folder: Path) -> None:
+def common_merges() -> list[tuple[str, str]]:
+    """`MERGES` as pairs."""
+    pairs = (pair.split(" ") for pair in re.split(r"[|\n]", MERGES.strip()))
+    return [(left, right) for left, right in pairs]
+
+
+def write_tokenizer(folder: Path, merges: Sequence[tuple[str, str]]) -> None:
     """Make `folder` with vocab.json, merges.txt, tokenizer.json and tokenizer_config.json."""
-    merges = [pair.split(" ") for pair in re.split(r"[|\n]", MERGES.strip())]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *("".join(pair) for pair in merges), END_OF_TEXT]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])

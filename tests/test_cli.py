@@ -69,7 +69,7 @@ def test_exit_codes_differ() -> None:
     assert len(set(codes)) == len(codes) == 10 and not {0, 70} & set(codes)
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["run", "--fly"], ["build"], ["run", "a", "--seed", "x"]])
+@pytest.mark.parametrize("arguments", [["fly"], ["run", "--fly"], ["init"], ["run", "a", "--seed", "x"]])
 def test_usage_errors_of_the_parser(arguments: list[str]) -> None:
     result = nova_export(*arguments)
     assert result.code == 2 and "Usage:" in result.err and "Error:" in result.err
@@ -146,9 +146,12 @@ def test_image_of_another_size_is_told(video_bundle: Path, tmp_path: Path) -> No
     assert "in.png is 50x50 pixels: cropped" in result.err and "resized to 96x64" in result.err
 
 
-def test_one_frame_of_a_video_checkpoint(video_bundle: Path, tmp_path: Path) -> None:
-    result = nova_export("run", "a", "--bundle", video_bundle, "-o", tmp_path / "a.mp4", *SHORT)
-    assert result.code == 0 and "one frame only: --max-latent-length 4 makes a video" in result.err
+@pytest.mark.parametrize(("name", "frames"), [("a.gif", 13), ("a.png", 1)])
+def test_a_video_is_as_long_as_trained_and_a_png_one_frame(
+    video_bundle: Path, tmp_path: Path, name: str, frames: int
+) -> None:
+    result = nova_export("run", "a", "--bundle", video_bundle, "-o", tmp_path / name, "--json", *SHORT)
+    assert result.code == 0 and json.loads(result.out)["frames"][1] == frames
 
 
 # Arguments that cannot be carried out: each before anything is computed, and nothing is written
@@ -206,7 +209,7 @@ def test_nothing_to_generate(image_bundle: Path, tmp_path: Path) -> None:
     only_error(
         nova_export("run", "--bundle", image_bundle, "-o", out), 2, "no PROMPT given", "nova-export run"
     )
-    only_error(nova_export("run", "a", "-o", out), 2, "no bundle given", "--bundle", "nova-export build")
+    only_error(nova_export("build", "checkpoint"), 2, "--out FOLDER is missing", "checkpoint")
 
 
 def test_a_prompt_that_is_no_text(image_bundle: Path, tmp_path: Path) -> None:

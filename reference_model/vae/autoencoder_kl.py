@@ -20,6 +20,8 @@ from reference_model.vae.blocks import (
     Conv,
     MidBlock,
     ResBlock,
+    batch_frames,
+    frames_of,
     group_norm,
     interpolate_in_time,
     resize_frames,
@@ -29,15 +31,15 @@ Config = Mapping[str, Any]
 
 
 class Downsample(nn.Module):
-    """Halve height and width; where `conv` is the first 3D one, the image becomes a video of one frame."""
+    """Halve height and width, and time if 3D. The first 3D one makes videos of `frames` frames of images."""
 
     def __init__(self, dim: int, conv: Conv) -> None:
         super().__init__()
         self.conv = conv(dim, dim, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: int) -> Tensor:
         if isinstance(self.conv, CausalConv3d) and x.dim() == 4:
-            x = x.unsqueeze(2)  # (B, C, 1, H, W)
+            x = x.unsqueeze(2) if frames == 1 else frames_of(x, frames)  # (B, C, T, H, W)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -80,10 +82,10 @@ class DownBlock(Stack):
         super().__init__(in_dim, out_dim, conv, depth)
         self.downsamplers = nn.ModuleList([Downsample(out_dim, down)] if down else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: int = 1) -> Tensor:
         x = super().forward(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x)
+            x = downsampler(x, frames)
         return x
 
 
@@ -102,7 +104,10 @@ class UpBlock(Stack):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> moments (B, 2C, h, w), or (B, 2C, 1, h, w) when it ends in 3D."""
+    """(B, 3, H, W) -> moments (B, 2C, h, w), or (B, 2C, 1, h, w) when it ends in 3D.
+
+    One that ends in 3D takes clips too: (B, 3, F, H, W) -> (B, 2C, l, h, w).
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -118,9 +123,10 @@ class Encoder(nn.Module):
         self.conv_out = convs[-1](dims[-1], outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        frames = x.shape[2] if x.dim() == 5 else 1
+        x = self.conv_in(batch_frames(x) if x.dim() == 5 else x)
         for block in self.down_blocks:
-            x = block(x)
+            x = block(x, frames)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 

@@ -1,0 +1,85 @@
+"""What several commands share: their options, and the way to code that needs the export extra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nova_export.errors import Cancelled, DependencyError
+
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "transformers", "diffusers", "safetensors")
+
+Command = Callable[..., Any]
+
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+def generation_options(without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """The arguments of `Request`, as --kebab-case, named and defaulted as the published pipeline's."""
+    from dataclasses import fields
+
+    from nova_export.runtime.request import HELP, Request
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(fields(Request)):
+            if field.name == "prompt" or field.name in without:
+                continue
+            kind = {"int": int, "float": float}.get(str(field.type).removesuffix(" | None"), str)
+            command = click.option(
+                "--" + field.name.replace("_", "-"),
+                type=kind,
+                default=field.default,
+                show_default=field.default is not None,
+                help=HELP[field.name],
+                multiple=False,
+            )(command)
+        return command
+
+    return decorate
+
+
+def exporter(module: str) -> Any:
+    """A module that needs the export extra. Raises DependencyError where it is not installed."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    for package in EXPORT_PACKAGES:
+        if find_spec(package) is None:
+            raise DependencyError(
+                f"this command needs {package!r}, which is not installed: pip install 'nova-export[export]'"
+            )
+    return import_module(module)
+
+
+def build_with_progress(checkpoint: Path, out: Path, quiet: bool, **options: Any) -> Path:
+    """`build_bundle`, with progress on stderr; Ctrl-C leaves work that the same command goes on with."""
+    build_bundle = exporter("nova_export.export.build").build_bundle
+    from nova_export.progress import StageProgress, insistent_interrupt
+
+    try:
+        with insistent_interrupt(), StageProgress(quiet) as progress:
+            path: Path = build_bundle(checkpoint, out, report=progress, **options)
+    except KeyboardInterrupt:
+        raise Cancelled(
+            "stopped; finished stages are kept, and the same command goes on from there"
+        ) from None
+    return path
+
+
+def bundle_or_demo(bundle: Path | None, quiet: bool) -> Path:
+    """The bundle given, or that of the demo, which is built at the first time."""
+    if bundle is not None:
+        return bundle
+    from nova_export.demo import demo_bundle
+    from nova_export.progress import say
+
+    def build(checkpoint: Path, out: Path) -> None:
+        if not quiet:
+            say(f"no bundle given: building that of the demo, once, in {out}")
+        build_with_progress(checkpoint, out, quiet, force=True)
+
+    return demo_bundle(build)

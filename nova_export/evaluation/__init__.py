@@ -1,0 +1,1 @@
+"""ShapesEval: how well a bundle draws and moves what its prompts ask for. Numpy alone."""

@@ -1,0 +1,117 @@
+"""The demo's transformer and text encoder in training form: all frames of a clip in one pass.
+
+It is made of the stages' own modules, so its weights are named as in a checkpoint and there is one model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nova_export.config import NovaConfig
+from reference_model.condition import TextCondition
+from reference_model.head import DiffusionHead
+from reference_model.layers import AdaLayerNorm, frequencies
+from reference_model.spatial import SpatialEncoder, take
+from reference_model.temporal import TemporalEncoder
+from reference_model.text_encoder import TextEncoder
+
+LOSS_REPEAT = 4  # noise levels a token is trained at for one pass of the encoders, as published
+
+
+class Nova(nn.Module):
+    """Text encoder, condition, temporal and spatial encoder, diffusion head."""
+
+    def __init__(self, config: NovaConfig, alpha_bars: Tensor) -> None:
+        """alpha_bars (trained steps,): products of 1 - beta of the DDPM schedule."""
+        super().__init__()
+        self.config = config
+        self.alpha_bars: Tensor
+        self.register_buffer("alpha_bars", alpha_bars, persistent=False)
+        self.text_encoder, self.condition = TextEncoder(config), TextCondition(config)
+        self.temporal, self.spatial = TemporalEncoder(config), SpatialEncoder(config)
+        self.head = DiffusionHead(config)
+        self.apply(_init)
+        _zero(self.head.image_decoder.head)
+        nn.init.normal_(self.condition.text_embed.weight, std=0.02)
+        nn.init.normal_(self.temporal.mask_embed.bos_token, std=0.02)
+        nn.init.normal_(self.spatial.mask_embed.mask_token, std=0.02)
+
+    def losses(
+        self,
+        token_ids: Tensor,  # (B, text_len), any ids behind the prompts' own
+        lengths: Tensor,  # (B,); 0 drops the prompt
+        motion: Tensor,  # (B, 2): flow, fps
+        latents: Tensor,  # (B, C, l, h, w), scaled
+        frames: Tensor,  # (l,): frame positions, t * T0 / L
+        order: Tensor,  # (B * l, N): a random order of each frame's tokens
+        visible: int,  # P: tokens of each frame that are seen, the first of its order
+    ) -> Tensor:
+        """Squared error of the predicted noise of every masked token: (B, l)."""
+        text = self.condition(self.text_encoder(token_ids), lengths, motion)
+        contexts = self.contexts(text, latents, frames)  # (B, l, M, D)
+        batch, length = contexts.shape[:2]
+        patch = self.spatial.image_encoder.patch_embed
+        tokens = patch.patchify(latents.transpose(1, 2).flatten(0, 1))  # (B * l, N, d)
+        seen, hidden = order[:, :visible], order[:, visible:]
+        z = self.spatial(contexts.flatten(0, 1), take(tokens, seen), seen, hidden)  # (B * l, K, D)
+        return self.diffusion_loss(z, take(tokens, hidden)).mean(1).unflatten(0, (batch, length))
+
+    def contexts(self, text: Tensor, latents: Tensor, frames: Tensor) -> Tensor:
+        """The temporal encoder over all frames at once, each of which sees itself and those before.
+
+        text (B, X, D), latents (B, C, l, h, w), frames (l,) -> what the spatial encoder gets (B, l, M, D).
+        Equal to the frame-by-frame stage with its caches; attention is block-causal by a mask instead.
+        """
+        encoder, length = self.temporal.video_encoder, latents.shape[2]
+        never = torch.tensor(False, device=latents.device)
+        parts = [text]
+        for t in range(length):
+            before = latents[:, :, max(t - 1, 0)]
+            parts.append(self.temporal.embed_frame(before, ~never if t == 0 else never, frames[t : t + 1]))
+        x = torch.cat(parts, dim=1)  # (B, X + l * M, D)
+        frame_of = torch.arange(length, device=x.device).repeat_interleave(self.config.frame_tokens)
+        frame_of = torch.cat([frame_of.new_zeros(text.shape[1]), frame_of])
+        mask = frame_of[:, None] >= frame_of
+        for block in encoder.blocks:
+            q, k, v = (block.attn.split_heads(part) for part in block.attn.qkv(x).chunk(3, dim=-1))
+            x = block.feed_forward(x + block.norm1(block.attn.attend(q, k, v, mask)))
+        c = encoder.norm(x[:, text.shape[1] :]).unflatten(1, (length, -1))
+        return torch.cat([c[:, :1], self.temporal.mix(c[:, :1], c[:, 1:])], dim=1)
+
+    def diffusion_loss(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """z (rows, K, D) and clean tokens (rows, K, d) -> squared error of the noise (rows, K)."""
+        network = self.head.image_decoder
+        condition = network.time_cond_embed.condition_proj(z)
+        clean = tokens.expand(LOSS_REPEAT, *tokens.shape)
+        times = torch.randint(len(self.alpha_bars), clean.shape[:-1], device=z.device)
+        signal = self.alpha_bars[times].unsqueeze(-1)
+        noise = torch.randn_like(clean)
+        angles = frequencies(times.float())
+        time = network.time_cond_embed.timestep_proj(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        predicted = network(signal.sqrt() * clean + (1 - signal).sqrt() * noise, condition + time)
+        return (predicted.float() - noise).square().mean(-1).mean(0)
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Weights by checkpoint part, named as there."""
+        stages = (self.condition, self.temporal, self.spatial, self.head)
+        transformer = {name: tensor for stage in stages for name, tensor in stage.state_dict().items()}
+        return {"transformer": transformer, "text_encoder": dict(self.text_encoder.state_dict())}
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)
+    elif isinstance(module, AdaLayerNorm):
+        module.proj.apply(_zero)  # every modulation begins as none
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)

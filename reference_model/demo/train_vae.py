@@ -1,0 +1,80 @@
+"""Training of the demo's autoencoder: single images first, which cost a ninth of a clip, then clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nova_export.evaluation.scene import held_out
+from reference_model.demo.data import sample_clip, sample_image
+from reference_model.demo.trainer import Phase, Trainer, best_device
+from reference_model.demo.vae import Vae, inflate
+
+# Single images first, which cost a ninth of a clip and teach nearly everything.
+PHASES = (Phase(1, 12, 1400, 4e-4), Phase(5, 4, 500, 4e-4), Phase(9, 4, 300, 3e-4))
+KL_WEIGHT = 1e-4  # of the mean over latent elements
+
+
+def train_vae(folder: Path, seed: int, phases: Sequence[Phase] = PHASES) -> Vae:
+    """The autoencoder, its averaged weights loaded. Goes on from `folder` where a run was stopped."""
+    torch.manual_seed(seed)
+    device = best_device()
+    vae = Vae().to(device)
+
+    def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
+        pixels = _batch(rng, phase).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, logvar = vae.moments(pixels)
+            if phase.frames > 1:  # half of the clips as the transformer will see them
+                split = vae.clip_moments(pixels[::2])
+                mean, logvar = (torch.cat([s, m[1::2]]) for s, m in zip(split, (mean, logvar), strict=True))
+                pixels = torch.cat([pixels[::2], pixels[1::2]])
+            decoded = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        beta = 0.05 if phase.frames > 1 else 0.0  # where nearly right, signs of errors are bfloat16's
+        l1, mse = F.smooth_l1_loss(decoded, pixels, beta=beta), F.mse_loss(decoded, pixels)
+        return {"loss": l1 + mse + KL_WEIGHT * kl, "l1": l1, "mse": mse, "kl": kl}
+
+    for index, phase in enumerate(phases):
+        if phase.frames > 1 and phases[index - 1].frames == 1:
+            vae.apply(inflate)
+        trainer = Trainer(vae, folder / str(index), phase, seed=seed + index, warmup=50, average=0.998)
+        for step in trainer.run(partial(losses, phase)):
+            if step % 200 == 0 or step == phase.steps:
+                with trainer.averaged_weights():
+                    trainer.log({"psnr_images": psnr(vae, 1), "psnr_clips": psnr(vae, 9)})
+        trainer.load_average()
+    return vae
+
+
+@torch.no_grad()
+def psnr(vae: Vae, frames: int, count: int = 22) -> float:
+    """Round trip through the posterior's mean, on clips of held-out combinations, in dB: mean over clips."""
+    rng = np.random.default_rng(12345)
+    clips = [sample_clip(rng, combination).frames[:frames] for combination in sorted(held_out())][:count]
+    device = next(vae.parameters()).device
+    pixels = to_pixels(clips).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        decoded = torch.cat([vae.decode(vae.clip_moments(part)[0]) for part in pixels.split(4)])
+    error = ((decoded.clamp(-1, 1) - pixels) / 2).square().mean((1, 2, 3, 4))
+    return float((-10 * error.log10()).mean())
+
+
+def _batch(rng: np.random.Generator, phase: Phase) -> Tensor:
+    """Clips cut to the phase's frames; half of the images are of one or two shapes instead."""
+    clips = (
+        sample_image(rng) if phase.frames == 1 and i % 2 else sample_clip(rng) for i in range(phase.batch)
+    )
+    return to_pixels([clip.frames[: phase.frames] for clip in clips])
+
+
+def to_pixels(clips: list[Any]) -> Tensor:
+    """uint8 (F, H, W, 3) each -> (B, 3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1

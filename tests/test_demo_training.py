@@ -1,0 +1,201 @@
+"""The demo's training: the model in training form is the model that runs, and a stopped run goes on."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reference_model.demo import train_nova, train_vae
+from reference_model.demo.model import Nova
+from reference_model.demo.tokens import merges
+from reference_model.demo.train_nova import Latents, alpha_bars, frame_positions, nova_config, visible_tokens
+from reference_model.demo.train_vae import to_pixels
+from reference_model.demo.trainer import Phase, Trainer
+from reference_model.demo.vae import CONFIG, Vae, inflate
+from reference_model.vae import VaeEncoder
+from reference_model.vae.blocks import CausalConv3d
+
+
+@pytest.fixture(scope="module")
+def config():
+    return nova_config(1.0, len(merges()) + 257)
+
+
+@pytest.fixture
+def nova(config) -> Nova:
+    torch.manual_seed(0)
+    nova = Nova(config, alpha_bars())
+    with torch.no_grad():  # the zeros that training begins with would hide errors
+        for parameter in nova.parameters():
+            parameter += 0.03 * torch.randn_like(parameter)
+    return nova.eval()
+
+
+def test_all_frames_at_once_are_what_the_stage_gives_frame_by_frame(nova: Nova, config) -> None:
+    rows, frames, width = 2, 4, config.temporal.width
+    text, latents = torch.randn(rows, config.condition_tokens, width), torch.randn(rows, 8, frames, 8, 8)
+    times = torch.tensor([0.0, 0.7, 1.4, 2.2])
+    capacity = config.condition_tokens + frames * config.frame_tokens
+    names = [f"{kind}_cache_{i}" for i in range(config.temporal.depth) for kind in ("key", "value")]
+    caches = {name: torch.zeros(rows, capacity, width) for name in names}
+    filled, contexts = 0, []
+    with torch.no_grad():
+        whole = nova.contexts(text, latents, times)
+        for t in range(frames):
+            context, *written = nova.temporal(
+                text if t == 0 else text[:, :0],
+                latents[:, :, max(t - 1, 0)],
+                torch.zeros(rows, dtype=torch.bool),
+                times[t : t + 1],
+                torch.tensor([filled]),
+                first_context=contexts[0] if t else torch.zeros(rows, config.frame_tokens, width),
+                **caches,
+            )
+            contexts.append(context)
+            caches = dict(zip(names, written, strict=True))
+            filled += config.frame_tokens + (config.condition_tokens if t == 0 else 0)
+    assert torch.allclose(torch.stack(contexts, dim=1), whole, atol=1e-5)
+
+
+def test_the_loss_is_the_error_of_the_noise(nova: Nova, config) -> None:
+    """A head that predicts no noise at all is wrong by the noise's variance."""
+    nn.init.zeros_(nova.head.image_decoder.head.weight)
+    nn.init.zeros_(nova.head.image_decoder.head.bias)
+    torch.manual_seed(1)
+    losses = nova.losses(
+        torch.zeros(8, 16, dtype=torch.int64),
+        torch.full((8,), 5),
+        torch.full((8, 2), 5.0),
+        torch.randn(8, 8, 3, 8, 8),
+        torch.arange(3.0),
+        torch.rand(24, 16).argsort(1),
+        visible=4,
+    )
+    assert losses.shape == (8, 3)
+    assert losses.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_hidden_tokens_do_not_leak_into_the_prediction(nova: Nova, config) -> None:
+    tokens, order = torch.randn(1, 16, config.token_dim), torch.randperm(16)[None]
+    context = torch.randn(1, config.frame_tokens, config.spatial.width)
+    seen, hidden = order[:, :6], order[:, 6:]
+    with torch.no_grad():
+        z = nova.spatial(context, tokens[:, seen[0]], seen, hidden)
+        other = tokens.clone()
+        other[:, hidden[0]] += 1
+        assert torch.equal(z, nova.spatial(context, other[:, seen[0]], seen, hidden))
+
+
+def test_weights_have_the_names_of_the_golden_checkpoint() -> None:
+    from safetensors import safe_open
+
+    golden = Path(__file__).parent / "golden" / "t2v" / "checkpoint"
+    torch.manual_seed(0)
+    model = Nova(nova_config(1.0, 400), alpha_bars())
+    parts = {**model.parts(), "vae": Vae().state()}
+    for part, tensors in parts.items():
+        with safe_open(next((golden / part).glob("*.safetensors")), "pt") as file:
+            wanted = {_without_layer(key) for key in file.keys()}  # noqa: SIM118
+        assert {_without_layer(name) for name in tensors} == wanted, part
+
+
+def _without_layer(name: str) -> str:
+    """Depths differ, names of layers do not."""
+    return ".".join("#" if piece.isdigit() and "vae" not in name else piece for piece in name.split("."))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    def train(folder: str, stops: list[int]) -> list[torch.Tensor]:
+        for stop in stops:
+            torch.manual_seed(7)
+            module = nn.Linear(3, 2)
+            trainer = Trainer(module, tmp_path / folder, Phase(1, 4, 9, 0.1), seed=5, warmup=2, average=0.9)
+            for _ in trainer.run(partial(_toy_losses, module), until=stop):
+                pass
+        trainer.load_average()
+        return [p.detach().clone() for p in module.parameters()]
+
+    once, stopped = train("once", [9]), train("stopped", [2, 5, 9])
+    assert all(torch.equal(a, b) for a, b in zip(once, stopped, strict=True))
+
+
+def _toy_losses(module: nn.Module, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    x = torch.from_numpy(rng.standard_normal((4, 3)).astype(np.float32))
+    return {"loss": (module(x) + torch.randn(4, 2) - x[:, :2]).square().mean()}
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero(tmp_path: Path) -> None:
+    trainer = Trainer(
+        nn.Linear(1, 1), tmp_path / "run", Phase(1, 1, 100, 2.0), seed=0, warmup=10, average=0.9
+    )
+    rates = [trainer.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == 2.0 and rates[100] == 0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_a_short_training_learns(tmp_path: Path, config) -> None:
+    """Both trainings, a few steps of each, deterministic: the second run must give the same weights."""
+    phases = [Phase(1, 4, 4, 1e-3), Phase(5, 2, 2, 1e-3)]
+    states = [train_vae.train_vae(tmp_path / f"vae{i}", 0, phases).state() for i in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+    generator = torch.Generator().manual_seed(0)
+    data = Latents(
+        latents=torch.randn(1, 8, 3, 8, 8, generator=generator).repeat(4, 1, 1, 1, 1),
+        token_ids=torch.zeros(4, 16, dtype=torch.int64),
+        lengths=torch.full((4,), 3),
+        flow=torch.full((4,), 5.0),
+    )
+    images = Latents(data.latents[:, :, :1], data.token_ids, data.lengths, data.flow)
+    phases = [Phase(1, 16, 310, 3e-3), Phase(3, 16, 320, 3e-3)]
+    train_nova.train_nova(tmp_path / "nova", config, images, data, 0, phases)
+    lines = (tmp_path / "nova" / "1" / "log.jsonl").read_text().splitlines()
+    assert '"step": 320' in lines[-1]
+    assert float(lines[-1].split('"loss": ')[1].split(",")[0]) < 0.9  # 1 is to have learned nothing
+
+
+def test_inflated_weights_decode_every_frame_as_an_image() -> None:
+    torch.manual_seed(0)
+    conv = CausalConv3d(4, 5, 3, padding=1)
+    x = torch.randn(2, 4, 3, 8, 8)
+    with torch.no_grad():
+        images = torch.cat([conv(frame) for frame in x.split(1, dim=2)], dim=2)
+        inflate(conv)
+        assert torch.allclose(conv(x), images, atol=1e-5)
+
+
+def test_mask_ratios_and_times() -> None:
+    rng = np.random.default_rng(0)
+    counts = np.bincount([visible_tokens(rng, 16) for _ in range(4000)], minlength=16)
+    assert len(counts) == 16 and counts.min() > 50  # every number of visible tokens
+    assert counts[:5].sum() > 0.6 * counts.sum()  # the paper's ratios: few
+    starts = [frame_positions(rng, 3) for _ in range(200)]
+    assert all(start[0] == 0 and len(start) == 3 for start in starts)
+    steps = {round(float(start[1]), 3) for start in starts}
+    assert steps == {1.0, 0.75, 0.6, 0.5}
+
+
+def test_the_encoder_takes_clips_and_images() -> None:
+    torch.manual_seed(0)
+    encoder = VaeEncoder(CONFIG).eval()
+    pixels = to_pixels([np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)])
+    with torch.no_grad():
+        assert encoder.encoder(pixels).shape == (1, 16, 3, 8, 8)
+        image = encoder.encoder(pixels[:, :, :1])
+        assert torch.allclose(image, encoder.encoder(pixels[:, :, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "frames"), [(3, 1, 1), (3, 2, 1), ((1, 3, 3), 1, 4), (1, 1, 3)])
+def test_convolutions_of_single_frames_are_those_of_clips(kernel, stride: int, frames: int) -> None:
+    torch.manual_seed(0)
+    conv = CausalConv3d(4, 5, kernel, stride=stride, padding=0 if kernel == 1 else 1)
+    x = torch.randn(2, 4, frames, 8, 8)
+    padded = torch.cat([x[:, :, :1]] * (conv.kernel_size[0] - 1) + [x], dim=2)
+    with torch.no_grad():
+        assert torch.allclose(conv(x), nn.Conv3d.forward(conv, padded), atol=1e-5)
