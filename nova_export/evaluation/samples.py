@@ -103,7 +103,7 @@ def write_samples(
                 task.prompt,
                 callback=call_progress(report, place, 1),
                 num_images_per_prompt=len(task.files),
-                max_latent_length=config.base_frames if video else 1,
+                max_latent_length=config.video_length if video else 1,
                 seed=seed + place,
                 **arguments,
             )

@@ -190,7 +190,7 @@ def samples_of(
         output = source(
             [items[place].prompt for place in places],
             callback=call_progress(report, len(made), len(places)),
-            max_latent_length=1 if still else source.config.base_frames,
+            max_latent_length=1 if still else source.config.video_length,
             seed=seed + places[0],
             **arguments,
         )

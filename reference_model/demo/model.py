@@ -5,6 +5,7 @@ It is made of the stages' own modules, so its weights are named as in a checkpoi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,7 +99,19 @@ class Nova(nn.Module):
         """Weights by checkpoint part, named as there."""
         stages = (self.condition, self.temporal, self.spatial, self.head)
         transformer = {name: tensor for stage in stages for name, tensor in stage.state_dict().items()}
-        return {"transformer": transformer, "text_encoder": dict(self.text_encoder.state_dict())}
+        text_encoder = dict(self.text_encoder.state_dict())
+        embedding = text_encoder["model.embed_tokens.weight"]
+        # Published checkpoints hold the language model's output layer too; nothing reads it.
+        text_encoder["lm_head.weight"] = torch.zeros_like(embedding)
+        text_encoder["lm_head.bias"] = torch.zeros_like(embedding[:, 0])
+        return {"transformer": transformer, "text_encoder": text_encoder}
+
+    def load_parts(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The reverse of `parts`."""
+        for stage in (self.condition, self.temporal, self.spatial, self.head):
+            stage.load_state_dict({name: parts["transformer"][name] for name in stage.state_dict()})
+        text_encoder = {name: parts["text_encoder"][name] for name in self.text_encoder.state_dict()}
+        self.text_encoder.load_state_dict(text_encoder)
 
 
 def _init(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from nova_export.runtime.tokenizer import PromptTokenizer
 from reference_model.demo.data import Clip, sample_clip, sample_image
 from reference_model.demo.model import Nova
 from reference_model.demo.train_vae import to_pixels
-from reference_model.demo.trainer import Phase, Trainer, best_device
+from reference_model.demo.trainer import Phase, Trainer
 from reference_model.demo.vae import CONFIG as VAE_CONFIG
 from reference_model.demo.vae import Vae
 from reference_model.init import SCHEDULERS
@@ -124,17 +124,19 @@ def nova_config(scaling_factor: float, vocabulary: int) -> NovaConfig:
 
 
 def train_nova(
+    nova: Nova,
     folder: Path,
-    config: NovaConfig,
     images: Latents,
     clips: Latents,
     seed: int,
     phases: Sequence[Phase] = PHASES,
-) -> Nova:
-    """Text encoder and transformer, their averaged weights loaded. Goes on from `folder`."""
-    torch.manual_seed(seed)
-    device = best_device()
-    nova = Nova(config, alpha_bars()).to(device)
+    done: int = 0,
+) -> None:
+    """Train through the phases but the `done` first; `nova` ends with its averaged weights.
+
+    Goes on from `folder` where a run was stopped.
+    """
+    device, config = next(nova.parameters()).device, nova.config
 
     def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
         alone = rng.random() < IMAGE_SHARE[phase.frames > 1]
@@ -156,14 +158,19 @@ def train_nova(
             )
         return {"loss": errors.mean(), "images" if alone else "clips": errors.mean()}
 
-    for index, phase in enumerate(phases):
+    for index, phase in list(enumerate(phases))[done:]:
         trainer = Trainer(
-            nova, folder / str(index), phase, seed=seed + index, warmup=300, weight_decay=0.02, average=0.999
+            nova,
+            folder / str(index),
+            phase,
+            seed=seed + index,
+            warmup=min(300, phase.steps // 5),
+            weight_decay=0.02,
+            average=0.999,
         )
         for _ in trainer.run(partial(losses, phase)):
             pass
         trainer.load_average()
-    return nova
 
 
 def frame_positions(rng: np.random.Generator, frames: int) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nova_export.evaluation.scene import held_out
 from reference_model.demo.data import sample_clip, sample_image
-from reference_model.demo.trainer import Phase, Trainer, best_device
+from reference_model.demo.trainer import Phase, Trainer
 from reference_model.demo.vae import Vae, inflate
 
 # Single images first, which cost a ninth of a clip and teach nearly everything.
@@ -22,11 +22,12 @@ PHASES = (Phase(1, 12, 1400, 4e-4), Phase(5, 4, 500, 4e-4), Phase(9, 4, 300, 3e-
 KL_WEIGHT = 1e-4  # of the mean over latent elements
 
 
-def train_vae(folder: Path, seed: int, phases: Sequence[Phase] = PHASES) -> Vae:
-    """The autoencoder, its averaged weights loaded. Goes on from `folder` where a run was stopped."""
-    torch.manual_seed(seed)
-    device = best_device()
-    vae = Vae().to(device)
+def train_vae(vae: Vae, folder: Path, seed: int, phases: Sequence[Phase] = PHASES, done: int = 0) -> None:
+    """Train through the phases but the `done` first; `vae` ends with its averaged weights.
+
+    Goes on from `folder` where a run was stopped.
+    """
+    device = next(vae.parameters()).device
 
     def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
         pixels = _batch(rng, phase).to(device)
@@ -42,7 +43,7 @@ def train_vae(folder: Path, seed: int, phases: Sequence[Phase] = PHASES) -> Vae:
         l1, mse = F.smooth_l1_loss(decoded, pixels, beta=beta), F.mse_loss(decoded, pixels)
         return {"loss": l1 + mse + KL_WEIGHT * kl, "l1": l1, "mse": mse, "kl": kl}
 
-    for index, phase in enumerate(phases):
+    for index, phase in list(enumerate(phases))[done:]:
         if phase.frames > 1 and phases[index - 1].frames == 1:
             vae.apply(inflate)
         trainer = Trainer(vae, folder / str(index), phase, seed=seed + index, warmup=50, average=0.998)
@@ -51,7 +52,6 @@ def train_vae(folder: Path, seed: int, phases: Sequence[Phase] = PHASES) -> Vae:
                 with trainer.averaged_weights():
                     trainer.log({"psnr_images": psnr(vae, 1), "psnr_clips": psnr(vae, 9)})
         trainer.load_average()
-    return vae
 
 
 @torch.no_grad()

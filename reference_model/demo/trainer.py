@@ -29,12 +29,13 @@ def best_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` steps on `batch` clips of `frames` frames each."""
+    """`steps` steps on `batch` clips of `frames` frames each; `only` weights whose names begin so."""
 
     frames: int
     batch: int
     steps: int
     learning_rate: float
+    only: str = ""
 
 
 class Trainer:
@@ -58,7 +59,7 @@ class Trainer:
         self.module, self.folder, self.phase = module, folder, phase
         self.warmup, self.seed, self.average = warmup, seed, average
         self.step, self.seconds = 0, 0.0
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters = {n: p for n, p in module.named_parameters() if n.startswith(phase.only)}
         self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), betas=(0.9, 0.98), weight_decay=weight_decay, foreach=True
@@ -81,7 +82,7 @@ class Trainer:
             values["loss"].backward()
             nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.module.zero_grad(set_to_none=True)
             self.step += 1
             self._update_average()
             for name, value in values.items():

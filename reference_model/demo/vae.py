@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ class Vae(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Weights by their names in a checkpoint."""
         return {**self.encode_stage.state_dict(), **self.decode_stage.state_dict()}
+
+    def load_state(self, weights: Mapping[str, Tensor]) -> None:
+        """The reverse of `state`."""
+        for stage in (self.encode_stage, self.decode_stage):
+            stage.load_state_dict({name: weights[name] for name in stage.state_dict()})
 
 
 @torch.no_grad()
