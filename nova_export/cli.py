@@ -50,13 +50,13 @@ def build(checkpoint: Path | None, out: Path | None, quiet: bool, **options: Any
     Without CHECKPOINT it is the demo that comes with the package, and without --out its bundle goes where
     `run` looks for it. A build that was stopped goes on where it was when the same command is run again.
     """
-    from nova_export.demo import demo_bundle_folder, demo_checkpoint
+    from nova_export.demo import demo_bundle_folder, demo_checkpoint, make_cache_folder
 
     if out is None and checkpoint is not None:
         raise UsageError(f"--out FOLDER is missing: where to write the bundle of {checkpoint}")
     if out is None:
         out, options["force"] = demo_bundle_folder(), True
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_folder()
     click.echo(build_with_progress(checkpoint or demo_checkpoint(), out, quiet, **options))
 
 

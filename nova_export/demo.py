@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nova_export.bundle import FORMAT_VERSION, Bundle
 from nova_export.config import NovaConfig
-from nova_export.errors import BundleError
+from nova_export.errors import BundleError, OutputError
 from nova_export.stages import stages
 
 CACHE_VARIABLE = "NOVA_EXPORT_CACHE"
@@ -30,6 +30,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nova-export"
 
 
+def make_cache_folder() -> None:
+    """Raises OutputError."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be made ({error.strerror}), and the demo's bundle belongs there; name a folder "
+            f"that can be written in {CACHE_VARIABLE}, or a bundle with --bundle"
+        ) from error
+
+
 def demo_bundle_folder() -> Path:
     """Where the demo's bundle belongs. Named by what it is made of: another version builds its own."""
     return cache_folder() / f"demo-{_fingerprint(demo_checkpoint())[:12]}"
@@ -41,7 +53,7 @@ def demo_bundle(build: Build) -> Path:
     try:
         Bundle.open(folder).check_all()
     except BundleError:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_folder()
         build(demo_checkpoint(), folder)
     return folder
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import nova_export
 from nova_export.bundle import Bundle
 from nova_export.demo import demo_bundle, demo_bundle_folder, demo_checkpoint
+from nova_export.errors import OutputError
 from nova_export.evaluation.shapes_eval import TOTAL, Score, prompt_list, samples_of
 from nova_export.export.build import build_bundle
 from reference_model.demo.recipe import recipe_hash
@@ -72,6 +73,13 @@ def test_the_bundle_is_built_once_and_again_when_damaged(in_cache: None, cache: 
     with pytest.raises(AssertionError, match="built again"):
         demo_bundle(never)
     assert demo_bundle(build) == bundle and graph.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NOVA_EXPORT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OutputError, match="NOVA_EXPORT_CACHE"):
+        demo_bundle(never)
 
 
 def test_the_score_is_above_a_floor(in_cache: None) -> None:
