@@ -37,8 +37,8 @@ def make_cache_folder() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{folder}: cannot be made ({error.strerror}), and the demo's bundle belongs there; name a folder "
-            f"that can be written in {CACHE_VARIABLE}, or a bundle with --bundle"
+            f"{folder}: cannot be made ({error.strerror}), and the demo's bundle belongs there; name a "
+            f"folder that can be written in {CACHE_VARIABLE}, or a bundle with --bundle"
         ) from error
 
 
