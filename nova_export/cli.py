@@ -20,7 +20,9 @@ from nova_export.cli_options import (
     exporter,
     generation_options,
     json_option,
+    low_memory_option,
     quiet_option,
+    threads_option,
 )
 from nova_export.errors import BundleError, NovaExportError, UsageError
 
@@ -105,10 +107,8 @@ def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
 @click.option(
     "--from-latents", type=click.Path(path_type=Path), help="Decode the latents of this .npz; no PROMPT."
 )
-@click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime."
-)
-@click.option("--low-memory", is_flag=True, help="Keep only the stages of one phase loaded.")
+@threads_option
+@low_memory_option
 @quiet_option
 @json_option
 def run(

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nova_export.cli_options import bundle_or_demo, exporter, generation_options, json_option, quiet_option
-from nova_export.errors import Cancelled, UsageError
+from nova_export.cli_options import (
+    bundle_or_demo,
+    exporter,
+    generation_options,
+    json_option,
+    low_memory_option,
+    quiet_option,
+    resumable,
+    threads_option,
+)
+from nova_export.errors import UsageError
 from nova_export.progress import LINE_SECONDS, say
 
 if TYPE_CHECKING:
@@ -45,10 +54,8 @@ DECIDED = ("image", "num_images_per_prompt", "max_latent_length", "seed")
     "--seed", type=int, default=0, show_default=True, help="Of the first call; later ones count up."
 )
 @generation_options(without=DECIDED)
-@click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime."
-)
-@click.option("--low-memory", is_flag=True, help="Keep only the stages of one phase loaded.")
+@threads_option
+@low_memory_option
 @quiet_option
 @json_option
 def evaluate(
@@ -83,7 +90,7 @@ def evaluate(
     if prompts is not None and out is not None:
         tasks = read_tasks(prompts, out, samples)
         pipe = load(bundle, threads=threads, low_memory=low_memory)
-        with _resumable(), _progress("samples", len(tasks), quiet) as report:
+        with resumable("files"), _progress("samples", len(tasks), quiet) as report:
             written = write_samples(pipe, tasks, report=report, **arguments)
         click.echo(json.dumps({"out": str(out), **vars(written)}) if as_json else out)
         if not quiet and not as_json:
@@ -137,15 +144,6 @@ def _other(path: Path, threads: int, low_memory: bool) -> Source:
     raise UsageError(
         f"--against {path}: it holds neither a bundle's manifest.json nor a checkpoint's model_index.json"
     )
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    """Ctrl-C leaves work that the same command goes on with."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Cancelled("stopped; finished files are kept, and the same command goes on from there") from None
 
 
 @contextmanager

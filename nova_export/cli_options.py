@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "transformers", "diffusers", "
 Command = Callable[..., Any]
 
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime."
+)
+low_memory_option = click.option(
+    "--low-memory", is_flag=True, help="Keep only the stages of one phase loaded."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
@@ -55,18 +62,24 @@ def exporter(module: str) -> Any:
     return import_module(module)
 
 
+@contextmanager
+def resumable(kept: str) -> Iterator[None]:
+    """Ctrl-C leaves work, what is `kept`, that the same command goes on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Cancelled(
+            f"stopped; finished {kept} are kept, and the same command goes on from there"
+        ) from None
+
+
 def build_with_progress(checkpoint: Path, out: Path, quiet: bool, **options: Any) -> Path:
     """`build_bundle`, with progress on stderr; Ctrl-C leaves work that the same command goes on with."""
     build_bundle = exporter("nova_export.export.build").build_bundle
     from nova_export.progress import StageProgress, insistent_interrupt
 
-    try:
-        with insistent_interrupt(), StageProgress(quiet) as progress:
-            path: Path = build_bundle(checkpoint, out, report=progress, **options)
-    except KeyboardInterrupt:
-        raise Cancelled(
-            "stopped; finished stages are kept, and the same command goes on from there"
-        ) from None
+    with resumable("stages"), insistent_interrupt(), StageProgress(quiet) as progress:
+        path: Path = build_bundle(checkpoint, out, report=progress, **options)
     return path
 
 

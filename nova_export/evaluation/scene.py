@@ -7,6 +7,7 @@ centre of the first pixel at 0.5. Every shape fills a square box of side `size`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
@@ -80,6 +81,12 @@ class Scene:
         if self.motion:
             words += f" {self.motion}"
         return words + (f" on a {self.background} background" if self.background else "")
+
+
+def visible_backgrounds(figures: Iterable[Figure]) -> list[str]:
+    """The backgrounds on which every one of the figures is seen."""
+    colours = {COLOURS[colour] for colour, _ in figures}
+    return [name for name, value in BACKGROUNDS.items() if value not in colours]
 
 
 def article(word: str) -> str:

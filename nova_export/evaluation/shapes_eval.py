@@ -20,7 +20,6 @@ from nova_export.config import NovaConfig
 from nova_export.errors import InputError
 from nova_export.evaluation.metrics import psnr, ssim, wilson
 from nova_export.evaluation.scene import (
-    BACKGROUNDS,
     COLOURS,
     DEFAULT_BACKGROUND,
     IMAGE_SIZE,
@@ -31,6 +30,7 @@ from nova_export.evaluation.scene import (
     Scene,
     combinations,
     held_out,
+    visible_backgrounds,
 )
 from nova_export.evaluation.vision import Frames, look, motion_of
 from nova_export.runtime.generate import Step
@@ -117,8 +117,8 @@ def _figure(index: int) -> Figure:
 
 def _scene(figures: list[Figure], motion: str | None, index: int) -> Scene:
     """On no named background, or on one of those on which all figures are seen, in turn."""
-    visible = [name for name, value in BACKGROUNDS.items() if all(COLOURS[c] != value for c, _ in figures)]
-    return Scene(tuple(figures), motion, [None, *visible][index % (len(visible) + 1)])
+    choices = [None, *visible_backgrounds(figures)]
+    return Scene(tuple(figures), motion, choices[index % len(choices)])
 
 
 # The judgement

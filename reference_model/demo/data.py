@@ -5,13 +5,13 @@ Everything comes from the generator given: same seed, same data.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nova_export.evaluation.scene import (
-    BACKGROUNDS,
     COLOURS,
     DEFAULT_BACKGROUND,
     DIRECTIONS,
@@ -20,10 +20,12 @@ from nova_export.evaluation.scene import (
     NUM_FRAMES,
     SHAPES,
     Combination,
+    Figure,
     Floats,
     Scene,
     coverage,
     held_out,
+    visible_backgrounds,
 )
 
 Frames = NDArray[np.uint8]
@@ -58,7 +60,8 @@ class Track:
 def sample_clip(rng: np.random.Generator, combination: Combination | None = None) -> Clip:
     """One shape in motion over 9 frames; of a random combination that is not held out, if none is given."""
     colour, shape, motion = combination or _combination(rng)
-    scene = Scene(((colour, shape),), motion, _background(rng, (colour,)))
+    figures = ((colour, shape),)
+    scene = Scene(figures, motion, _background(rng, figures))
     track = sample_track(rng, motion)
     return Clip(scene, draw(scene, [track]), flow(shape, track))
 
@@ -67,11 +70,12 @@ def sample_image(rng: np.random.Generator) -> Clip:
     """One or two shapes, apart from each other, in a single frame."""
     if rng.random() < 0.5:
         colour, shape, motion = _combination(rng)
-        scene = Scene(((colour, shape),), None, _background(rng, (colour,)))
+        figure = ((colour, shape),)
+        scene = Scene(figure, None, _background(rng, figure))
         track = sample_track(rng, motion)
         return Clip(scene, draw(scene, [Track(track.x[:1], track.y[:1], track.size[:1])]), 0.0)
     figures = [(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))) for _ in range(2)]
-    scene = Scene(tuple(figures), None, _background(rng, tuple(colour for colour, _ in figures)))
+    scene = Scene(tuple(figures), None, _background(rng, figures))
     return Clip(scene, draw(scene, _two_places(rng)), 0.0)
 
 
@@ -138,9 +142,9 @@ def _combination(rng: np.random.Generator) -> Combination:
             return combination
 
 
-def _background(rng: np.random.Generator, colours: tuple[str, ...]) -> str | None:
-    """None, or a background on which every colour is seen."""
-    seen = [name for name, value in BACKGROUNDS.items() if all(COLOURS[c] != value for c in colours)]
+def _background(rng: np.random.Generator, figures: Iterable[Figure]) -> str | None:
+    """None, or a background on which all figures are seen."""
+    seen = visible_backgrounds(figures)
     assert DEFAULT_BACKGROUND in seen
     return str(rng.choice(seen)) if rng.random() < BACKGROUND_SHARE else None
 

@@ -77,7 +77,7 @@ def read_runs(checkpoint: Path) -> Runs:
 
 def last_losses(folder: Path) -> list[dict[str, Any]]:
     """Of each phase that was trained in `folder`: steps, seconds and the last losses, from its log."""
-    return [_last(phase / "log.jsonl") for phase in sorted(folder.iterdir())]
+    return [_last(phase / "log.jsonl") for phase in sorted(folder.iterdir(), key=lambda p: int(p.name))]
 
 
 def _last(log: Path) -> dict[str, Any]:
