@@ -21,9 +21,11 @@ from nova_export.cli_options import (
     generation_options,
     json_option,
     low_memory_option,
+    name_and_value,
     quiet_option,
     threads_option,
 )
+from nova_export.cli_verify import verify
 from nova_export.errors import BundleError, NovaExportError, UsageError
 
 EXIT_INTERRUPTED = 130
@@ -42,7 +44,13 @@ def cli() -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the bundle to write.")
 @click.option("--target", default="cpu", show_default=True, help="What the bundle runs on.")
-@click.option("--precision", default="fp32", show_default=True, help="Precision of weights and arithmetic.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Of weights and arithmetic: fp32, fp16 or bf16."
+)
+@click.option(
+    "--stage", "stage_precisions", multiple=True, metavar="NAME=PRECISION", callback=name_and_value,
+    help="Precision of one stage; may be given again. `nova-export inspect` shows their names.",
+)  # fmt: skip
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")
 @quiet_option
@@ -272,6 +280,7 @@ def _size(text: str) -> tuple[str, int]:
 
 
 cli.add_command(evaluate)
+cli.add_command(verify)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +15,16 @@ from nova_export.cli_options import (
     generation_options,
     json_option,
     low_memory_option,
+    prompts_progress,
     quiet_option,
     resumable,
     threads_option,
 )
 from nova_export.errors import UsageError
-from nova_export.progress import LINE_SECONDS, say
+from nova_export.progress import say
 
 if TYPE_CHECKING:
-    from nova_export.evaluation.shapes_eval import Report, Sample, Source
+    from nova_export.evaluation.shapes_eval import Sample, Source
 
 # Of `Request`: decided by the list or file of prompts.
 DECIDED = ("image", "num_images_per_prompt", "max_latent_length", "seed")
@@ -90,7 +88,7 @@ def evaluate(
     if prompts is not None and out is not None:
         tasks = read_tasks(prompts, out, samples)
         pipe = load(bundle, threads=threads, low_memory=low_memory)
-        with resumable("files"), _progress("samples", len(tasks), quiet) as report:
+        with resumable("files"), prompts_progress("samples", len(tasks), quiet) as report:
             written = write_samples(pipe, tasks, report=report, **arguments)
         click.echo(json.dumps({"out": str(out), **vars(written)}) if as_json else out)
         if not quiet and not as_json:
@@ -107,7 +105,7 @@ def evaluate(
         check_source(source.config, name)
     items, made = prompt_list()[:count], []
     for name, source in sources:
-        with _progress(name, len(items), quiet) as report:
+        with prompts_progress(name, len(items), quiet) as report:
             made.append((name, samples_of(source, items, report=report, **arguments)))
     if sheet is not None:
         save_contact_sheet(sheet, made[0][1])
@@ -144,17 +142,6 @@ def _other(path: Path, threads: int, low_memory: bool) -> Source:
     raise UsageError(
         f"--against {path}: it holds neither a bundle's manifest.json nor a checkpoint's model_index.json"
     )
-
-
-@contextmanager
-def _progress(label: str, total: int, quiet: bool) -> Iterator[Report]:
-    """A bar on stderr over prompts; where that is no terminal, a line now and then."""
-    from tqdm import tqdm
-
-    pause = 0.1 if sys.stderr.isatty() else LINE_SECONDS
-    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} prompts [{elapsed}<{remaining}]"
-    with tqdm(total=total, desc=label, disable=quiet, bar_format=form, mininterval=pause, delay=pause) as bar:
-        yield lambda done: bar.update(done - bar.n)
 
 
 def _as_text(made: list[tuple[str, list[Sample]]], seed: int) -> str:

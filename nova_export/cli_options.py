@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,18 @@ from typing import Any
 
 import click
 
-from nova_export.errors import Cancelled, DependencyError
+from nova_export.errors import Cancelled, DependencyError, UsageError
 
-EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "transformers", "diffusers", "safetensors")
+EXPORT_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "ml_dtypes",
+    "transformers",
+    "diffusers",
+    "safetensors",
+)
 
 Command = Callable[..., Any]
 
@@ -62,6 +72,17 @@ def exporter(module: str) -> Any:
     return import_module(module)
 
 
+def name_and_value(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """Options of the form NAME=VALUE as a dict. Raises UsageError for others."""
+    pairs = [value.partition("=") for value in values]
+    for name, sign, value in pairs:
+        if not (name and sign and value):
+            raise UsageError(f"{parameter.opts[0]} {name + sign + value!r}: must be {parameter.metavar}")
+    return {name: value for name, _, value in pairs}
+
+
 @contextmanager
 def resumable(kept: str) -> Iterator[None]:
     """Ctrl-C leaves work, what is `kept`, that the same command goes on with."""
@@ -96,3 +117,16 @@ def bundle_or_demo(bundle: Path | None, quiet: bool) -> Path:
         build_with_progress(checkpoint, out, quiet, force=True)
 
     return demo_bundle(build)
+
+
+@contextmanager
+def prompts_progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[float], object]]:
+    """A bar on stderr over prompts; where that is no terminal, a line now and then."""
+    from tqdm import tqdm
+
+    from nova_export.progress import LINE_SECONDS
+
+    pause = 0.1 if sys.stderr.isatty() else LINE_SECONDS
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} prompts [{elapsed}<{remaining}]"
+    with tqdm(total=total, desc=label, disable=quiet, bar_format=form, mininterval=pause, delay=pause) as bar:
+        yield lambda done: bar.update(done - bar.n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nova_export.bundle import Bundle, StageEntry
@@ -49,7 +50,7 @@ def format_table(described: dict[str, Any]) -> str:
     ]
     for name, stage in described["stages"].items():
         verified = stage["verified"]
-        found = f"within {verified['max_abs_diff']:.1e} of the reference" if verified else "not verified"
+        found = _found(verified) if verified else "not verified"
         lines.append(f"\n{name}  {stage['precision']}  {_bytes(stage['bytes'])}  {found}")
         for kind in ("inputs", "outputs"):
             lines += [f"  {kind[:-1]:<7}{tensor}" for tensor in _tensors(stage[kind])]
@@ -81,3 +82,11 @@ def _bytes(size: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000  # type: ignore[assignment]
     return f"{size:.3g} GB"
+
+
+def _found(verified: Mapping[str, Any]) -> str:
+    """What verifying a stage found: the largest difference, or in a lower precision the worst SNR."""
+    if "max_abs_diff" in verified:
+        return f"within {verified['max_abs_diff']:.1e} of the reference"
+    snr = "equal" if verified["snr_db"] is None else f"SNR {verified['snr_db']:.1f} dB"
+    return f"{snr} to the reference, {verified['float_nodes']} operators in fp32"

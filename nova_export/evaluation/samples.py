@@ -11,14 +11,13 @@ videos from any one entry of the folder, so nothing else is written there.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nova_export.errors import InputError, OutputError, UsageError
 from nova_export.evaluation.shapes_eval import Report, Source, call_progress
-from nova_export.runtime.media import save_frames
+from nova_export.runtime.media import save_frames, write_whole
 from nova_export.runtime.request import FPS
 
 GENEVAL_SAMPLES, VBENCH_SAMPLES = 4, 5  # of each prompt, as their own scripts make
@@ -174,9 +173,7 @@ def _prepare(task: Task) -> None:
         task.files[0].parent.mkdir(parents=True, exist_ok=True)
         if task.metadata is not None:
             path, text = task.metadata
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OutputError(
             f"cannot write {task.files[0].parent}: {error.strerror or error}; choose another --out"

@@ -208,7 +208,7 @@ def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
             yield places[start : start + BATCH]
 
 
-def call_progress(report: Report, before: int, size: int) -> Callable[[Step], None]:
+def call_progress(report: Report, before: float, size: float) -> Callable[[Step], None]:
     """A callback for a call of `size` prompts, made when `before` were done."""
 
     def callback(step: Step) -> None:

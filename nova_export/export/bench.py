@@ -27,9 +27,8 @@ from nova_export.config import NovaConfig
 from nova_export.errors import Cancelled
 from nova_export.export.contenders import Run, Subject, contenders
 from nova_export.export.peak_memory import measure
-from nova_export.runtime.pipeline import Pipeline, StageRunners
+from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
 from nova_export.runtime.runner import Array, Runner
-from nova_export.runtime.tokenizer import PromptTokenizer
 from nova_export.spec import Stage
 from reference_model.eager import EagerPipeline
 
@@ -129,10 +128,7 @@ def bench_end_to_end(
     arguments = {**call_arguments(bundle.config), **options.arguments}
     report("end to end", "loading")
     counter = CountingStages(StageRunners(bundle, options.threads))
-    tokenizer = (
-        PromptTokenizer(bundle.path(bundle.tokenizer), bundle.config.text_len) if bundle.tokenizer else None
-    )
-    pipeline = Pipeline(bundle.config, counter, tokenizer, counter.stages.close)
+    pipeline = Pipeline(bundle.config, counter, bundle_tokenizer(bundle), counter.stages.close)
     calls = {"onnx": _per_step(pipeline, arguments, counter)}
     runs: dict[str, Run] = {"onnx": lambda: pipeline(**arguments)}
     if checkpoint is not None:

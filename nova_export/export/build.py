@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nova_export.bundle import FORMAT_VERSION, MANIFEST, sha256
 from nova_export.config import NovaConfig
 from nova_export.errors import BundleError, CheckpointError, OutputError, UsageError
 from nova_export.export.onnx_export import export_onnx
+from nova_export.export.precision import change_precision, check_gate
 from nova_export.export.verify import check_cases, reference_cases
 from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.schedule import make_schedule
@@ -52,7 +54,7 @@ class Job:
     checkpoint: Path
     config: NovaConfig
     target: Target
-    precision: Precision
+    precisions: dict[str, Precision]  # by stage
     verify: bool
     tools: dict[str, str]
     code: str
@@ -64,30 +66,34 @@ def build_bundle(
     *,
     target: str = "cpu",
     precision: str = "fp32",
+    stage_precisions: Mapping[str, str] | None = None,
     verify: bool = True,
     force: bool = False,
     report: Report = lambda stage, action: None,
 ) -> Path:
     """Write the bundle `out` of a checkpoint folder and return its path.
 
+    precision: of all stages but those of `stage_precisions`, which name their own.
+
     Raises:
         CheckpointError: the checkpoint is incomplete, corrupt, unsafe or unknown.
-        ExportError: a stage cannot be exported, or differs from the reference.
+        ExportError: a stage cannot be exported, or differs from the reference by more than its precision may.
         OutputError: `out` exists (unless `force`) or cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    config = NovaConfig.from_checkpoint(checkpoint)
+    specs = stages(config)
     job = Job(
         checkpoint=checkpoint,
-        config=NovaConfig.from_checkpoint(checkpoint),
+        config=config,
         target=find(TARGETS, target),
-        precision=find(PRECISIONS, precision),
+        precisions=_precisions(specs, precision, stage_precisions or {}),
         verify=verify,
         tools=_tool_versions(),
         code=_code_digest(),
     )
     _check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
-    specs = stages(job.config)
     _check_checkpoint(job, specs)
     sources = {
         part: fingerprint(checkpoint / part) for part in sorted({spec.part for spec in specs.values()})
@@ -115,6 +121,13 @@ def build_bundle(
         _write_json(work / MANIFEST, manifest)
         _publish(work, out, {MANIFEST, *files})
     return out
+
+
+def _precisions(specs: Collection[str], precision: str, own: Mapping[str, str]) -> dict[str, Precision]:
+    """The precision of every stage. Raises UsageError for an unknown stage or precision."""
+    if unknown := own.keys() - set(specs):
+        raise UsageError(f"stage {min(unknown)!r} is unknown; this checkpoint has {', '.join(specs)}")
+    return {name: find(PRECISIONS, own.get(name, precision)) for name in specs}
 
 
 def _check_checkpoint(job: Job, specs: dict[str, Stage]) -> None:
@@ -167,21 +180,27 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
         path.unlink(missing_ok=True)  # it may be a link to the file of the bundle that is being replaced
     report(spec.name, "exporting")
     export_onnx(spec, module, graph)
-    if job.verify:
-        report(spec.name, "verifying")
-    cases = reference_cases(spec, job.config, module) if job.verify else []
+    precision = job.precisions[spec.name]
+    gated = precision.half is not None  # what cannot pass its gate is not written, asked to verify or not
+    cases = reference_cases(spec, job.config, module) if job.verify or gated else []
     _free(module)
+    changes: dict[str, Any] = {}
+    if gated:
+        report(spec.name, f"changing to {precision.name}")
+        changes = change_precision(spec, graph, precision, job.target, cases)
     verified = None
-    if job.verify:
+    if cases:
+        report(spec.name, "verifying")
+        check = partial(check_gate, precision=precision) if gated else check_cases
         with OrtRunner(spec, graph) as runner:
-            verified = check_cases(spec, runner, cases)
+            verified = {**check(spec, runner, cases=cases), **changes}
         del cases
     _return_memory()
     return {
         "spec": spec.to_dict(),
         "graph": graph.name,
         "files": {path.name: _entry(path) for path in paths if path.exists()},
-        "precision": job.precision.name,
+        "precision": precision.name,
         "verified": verified,
     }
 
@@ -206,7 +225,7 @@ def _stage_key(job: Job, spec: Stage, source: str) -> str:
         job.config.to_dict(),
         source,
         job.target.name,
-        job.precision.name,
+        asdict(job.precisions[spec.name]),
         job.tools,
         job.code,
     ]
@@ -338,6 +357,7 @@ def _code_digest() -> str:
         package / "spec.py",
         package / "stages.py",
         package / "config.py",
+        package / "targets.py",
         *(package / "export").rglob("*.py"),
     ]
     sources += (package.parent / "reference_model").rglob("*.py")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from fractions import Fraction
 from itertools import pairwise
@@ -31,15 +31,15 @@ H264: Final = "libx264"
 SUFFIXES = (".mp4", ".gif", ".png", ".npz")
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: str | Path, suffixes: Collection[str] = SUFFIXES) -> None:
     """Refuse an output path that could not be written, before a long generation rather than after it.
 
     Raises OutputError: unknown suffix, missing or read-only folder, a folder where the file should go, or no
     H.264 encoder for .mp4.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError(f"cannot write {path}: its name must end in one of {', '.join(SUFFIXES)}")
+    if path.suffix.lower() not in suffixes:
+        raise OutputError(f"cannot write {path}: its name must end in one of {', '.join(suffixes)}")
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; give the name of a file")
     if path.suffix.lower() == ".mp4":
@@ -69,7 +69,7 @@ def save_frames(path: str | Path, frames: Frames, fps: float = 12) -> None:
     check_writable(path)
     if path.suffix.lower() not in writers:
         raise OutputError(f"cannot write {path}: frames alone go to one of {', '.join(writers)}")
-    _write_whole(path, writers[path.suffix.lower()])
+    write_whole(path, writers[path.suffix.lower()])
 
 
 def save_outputs(
@@ -85,7 +85,7 @@ def save_outputs(
     _check_frames(frames, "(B, F, H, W, 3)")
     check_writable(path)
     if path.suffix.lower() == ".npz":
-        _write_whole(path, lambda target: _write_npz(target, frames, latents))
+        write_whole(path, lambda target: _write_npz(target, frames, latents))
         return [path]
     paths = [path]
     if len(frames) > 1:
@@ -197,8 +197,11 @@ def _sibling(path: Path) -> Path:
     return path.with_name(f".nova-export-{uuid4().hex[:12]}.tmp")
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a hidden sibling, then give it its name. On any failure the sibling goes."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a hidden sibling, then give it its name. On any failure the sibling goes.
+
+    Raises OutputError.
+    """
     temporary = _sibling(path)
     try:
         write(temporary)

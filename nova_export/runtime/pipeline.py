@@ -218,11 +218,15 @@ def load(bundle: str | Path, *, threads: int = 0, low_memory: bool = False) -> P
     """
     opened = Bundle.open(bundle)
     runners = StageRunners(opened, threads, low_memory)
-    tokenizer = None
-    if opened.tokenizer:
-        opened.check(opened.tokenizer)
-        tokenizer = PromptTokenizer(opened.path(opened.tokenizer), opened.config.text_len)
-    return Pipeline(opened.config, runners, tokenizer, runners.close)
+    return Pipeline(opened.config, runners, bundle_tokenizer(opened), runners.close)
+
+
+def bundle_tokenizer(bundle: Bundle) -> PromptTokenizer | None:
+    """The tokenizer of a bundle, its file checked; None for classes. Raises BundleError."""
+    if not bundle.tokenizer:
+        return None
+    bundle.check(bundle.tokenizer)
+    return PromptTokenizer(bundle.path(bundle.tokenizer), bundle.config.text_len)
 
 
 def _request(prompt: Any, arguments: dict[str, Any]) -> Request:

@@ -1,0 +1,146 @@
+"""`nova-export verify`: how far a bundle is from another, or from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nova_export.bundle import MANIFEST, Bundle
+from nova_export.cli_options import (
+    exporter,
+    generation_options,
+    json_option,
+    low_memory_option,
+    prompts_progress,
+    quiet_option,
+    threads_option,
+)
+from nova_export.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from nova_export.config import NovaConfig
+    from nova_export.evaluation.verification import Side
+
+DECIDED = ("image", "num_images_per_prompt", "max_latent_length", "seed")
+COUNT = 4  # prompts, unless told
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The bundle, or the checkpoint in eager PyTorch (needs the `export` extra), that it should be like.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Text file, a prompt a line. If not given: of ShapesEval for the demo's size, else natural ones.",
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), help=f"Prompts to use, the first ones; {COUNT} if not told."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the first prompt; later ones count up."
+)
+@click.option(
+    "--max-latent-length",
+    type=int,
+    help="Latent frames to generate; if not given, as many as it was trained for.",
+)
+@generation_options(without=DECIDED)
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Also write a page with plots and pictures here."
+)
+@threads_option
+@low_memory_option
+@quiet_option
+@json_option
+def verify(
+    bundle: Path,
+    against: Path,
+    prompts: Path | None,
+    count: int | None,
+    seed: int,
+    report: Path | None,
+    threads: int,
+    low_memory: bool,
+    quiet: bool,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Compare BUNDLE with what it should be like, on prompts that both get with the same seeds.
+
+    Every stage on the same inputs, worst first; how far the loops drift when left to themselves; the frames.
+    """
+    from nova_export.evaluation.html_report import write_report
+    from nova_export.evaluation.verification import verify as compare
+    from nova_export.runtime.media import check_writable
+
+    if report is not None:
+        check_writable(report, (".html",))
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    with ExitStack() as stack:
+        tested = bundle_side(Bundle.open(bundle), threads, low_memory, stack)
+        reference = other_side(against, threads, low_memory, stack)
+        chosen = chosen_prompts(tested.config, prompts, count or COUNT)
+        show = stack.enter_context(prompts_progress("prompts", len(chosen), quiet))
+        found = compare(reference, tested, chosen, seed, show, **arguments)
+    if report is not None:
+        write_report(report, found)
+    click.echo(json.dumps(found.to_dict()) if as_json else found.table())
+
+
+def bundle_side(bundle: Bundle, threads: int, low_memory: bool, stack: ExitStack) -> Side:
+    """A bundle's stages; `stack` closes them."""
+    from nova_export.evaluation.verification import Side
+    from nova_export.runtime.pipeline import StageRunners, bundle_tokenizer
+
+    runners = StageRunners(bundle, threads, low_memory)
+    stack.callback(runners.close)
+    return Side(str(bundle.folder), bundle.config, runners, bundle_tokenizer(bundle))
+
+
+def other_side(path: Path, threads: int, low_memory: bool, stack: ExitStack) -> Side:
+    """A bundle's stages, or a checkpoint's in PyTorch. Raises UsageError for neither."""
+    from nova_export.config import NovaConfig
+    from nova_export.evaluation.verification import Side
+
+    if (path / MANIFEST).is_file():
+        return bundle_side(Bundle.open(path), threads, low_memory, stack)
+    if (path / "model_index.json").is_file():
+        config = NovaConfig.from_checkpoint(path)
+        modules = exporter("reference_model.runner").torch_runners(config, path)
+        return Side(str(path), config, modules.__getitem__)
+    raise UsageError(
+        f"--against {path}: it holds neither a bundle's manifest.json nor a checkpoint's model_index.json"
+    )
+
+
+def chosen_prompts(config: NovaConfig, file: Path | None, count: int) -> list[Any]:
+    """Raises InputError for a file without prompts, or that cannot be read."""
+    from calibration import prompts as natural
+    from nova_export.evaluation.shapes_eval import check_source, prompt_list
+
+    if config.is_class_conditional:
+        if file is not None:
+            raise UsageError("--prompts is for text; this checkpoint is class-conditional")
+        return list(range(count))
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+        if not any(lines):
+            raise InputError(f"{file}: has no prompts; write one a line")
+        return [line for line in lines if line][:count]
+    try:
+        check_source(config, "")
+    except InputError:
+        return natural()[:count]
+    return [item.prompt for item in prompt_list()][:count]

@@ -1,0 +1,99 @@
+"""Two sets of stages on the same inputs, call by call: how far one is from the other, and where.
+
+The reference's outputs go on into the loops (teacher forcing), so that an error of one call is not in the
+inputs of the next: what stands at a step arose there. How errors pile up is `drift`'s question, which lets
+both run freely. Torch-free, and nothing is kept but sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from nova_export.evaluation.difference import Difference
+from nova_export.runtime.generate import Floats, StageGetter, Step
+from nova_export.runtime.runner import Array, Runner
+
+Place = tuple[int, int]  # latent frame, AR step; both from 0
+
+
+class Lockstep:
+    """Stages for a Pipeline: it gets the reference's outputs, and the tested ones are compared with them.
+
+    tensors: by stage and output. tokens: of the head's output, by place.
+    """
+
+    def __init__(self, reference: StageGetter, tested: StageGetter) -> None:
+        self.reference, self.tested = reference, tested
+        self.tensors: dict[tuple[str, str], Difference] = {}
+        self.tokens: dict[Place, Difference] = {}
+        self._frame = self._step = -1
+
+    def __call__(self, name: str) -> Runner:
+        return _Both(self, name)
+
+    def compare(self, name: str, reference: Mapping[str, Array], tested: Mapping[str, Array]) -> None:
+        """Add one call's outputs. Calls come in the order of a run, which begins with the condition."""
+        if name == "condition":
+            self._frame = self._step = -1
+        elif name == "temporal_encoder":
+            self._frame, self._step = self._frame + 1, -1
+        elif name == "spatial_encoder":
+            self._step += 1
+        for tensor, array in reference.items():
+            self.tensors.setdefault((name, tensor), Difference()).add(array, tested[tensor])
+        if name == "diffusion_head":
+            place = self._frame, self._step
+            self.tokens.setdefault(place, Difference()).add(reference["denoised"], tested["denoised"])
+
+
+class _Both:
+    """A stage of a Lockstep."""
+
+    def __init__(self, lockstep: Lockstep, name: str) -> None:
+        self.lockstep, self.name = lockstep, name
+        self.runner = lockstep.reference(name)
+        self.stage = self.runner.stage
+
+    def __enter__(self) -> _Both:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass  # the stages' owners close them
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The reference's outputs. What a stage writes in place is compared where the reference wrote."""
+        aliases = {tensor.name: tensor.alias for tensor in self.stage.outputs if tensor.alias}
+        before = {alias: inputs[alias].copy() for alias in aliases.values()}
+        copies = {alias: array.copy() for alias, array in before.items()}
+        tested = self.lockstep.tested(self.name).run({**inputs, **copies})
+        reference = self.runner.run(inputs)
+        pairs = {name: (array, tested[name]) for name, array in reference.items()}
+        for name, alias in aliases.items():
+            written = reference[name] != before[alias]
+            pairs[name] = reference[name][written], tested[name][written]
+        self.lockstep.compare(
+            self.name, {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
+        )
+        return reference
+
+
+class Recorder:
+    """A callback that keeps a run's latents, step by step, to compare a later run with."""
+
+    def __init__(self) -> None:
+        self.latents: dict[Place, Floats] = {}
+
+    def __call__(self, step: Step) -> None:
+        self.latents[step.frame, step.step] = step.latents.copy()
+
+    def compare(self, drift: dict[Place, Difference]) -> Callable[[Step], None]:
+        """A callback that adds another run's differences from this one to `drift`."""
+
+        def callback(step: Step) -> None:
+            place = step.frame, step.step
+            drift.setdefault(place, Difference()).add(self.latents[place], step.latents)
+
+        return callback

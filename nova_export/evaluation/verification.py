@@ -1,0 +1,191 @@
+"""Is a bundle as good as what it was made from? Stage by stage, step by step, and in the frames.
+
+Three questions, on the same prompts and seeds. On equal inputs, how far is each stage (`tensors`, `tokens`)?
+Left to itself, how far does it drift (`drift`)? And what of that is seen (`pairs`)? Torch-free: both sides
+are given as stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nova_export.config import NovaConfig
+from nova_export.errors import InputError
+from nova_export.evaluation.difference import Difference
+from nova_export.evaluation.lockstep import Lockstep, Place, Recorder
+from nova_export.evaluation.metrics import Frames, psnr, ssim
+from nova_export.evaluation.shapes_eval import Report, call_progress
+from nova_export.runtime.generate import StageGetter
+from nova_export.runtime.pipeline import Pipeline
+from nova_export.runtime.tokenizer import PromptTokenizer
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared: a bundle's stages, or a checkpoint's, which needs no tokenizer."""
+
+    name: str
+    config: NovaConfig
+    stage: StageGetter
+    tokenizer: PromptTokenizer | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same prompt and seed by both: frames uint8 (F, H, W, 3), and how alike they are, frame by frame."""
+
+    prompt: str | int
+    seed: int
+    reference: Frames
+    tested: Frames
+
+    @property
+    def psnr(self) -> list[float]:
+        return [float(value) for value in psnr(self.reference, self.tested)]
+
+    @property
+    def ssim(self) -> list[float]:
+        return [float(value) for value in ssim(self.reference, self.tested)]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """tensors: by stage and output, on equal inputs. tokens, drift: by latent frame and AR step."""
+
+    reference: str
+    tested: str
+    tensors: dict[tuple[str, str], Difference]
+    tokens: dict[Place, Difference]
+    drift: dict[Place, Difference]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def worst_first(self) -> list[tuple[tuple[str, str], Difference]]:
+        """Tensors by their SNR; those with numbers that are not finite before all."""
+        return sorted(self.tensors.items(), key=lambda item: (-item[1].not_finite, item[1].snr))
+
+    @property
+    def psnr(self) -> float:
+        """Of all frames together, in dB: of the mean squared error, so that equal frames count too."""
+        errors = [10 ** (-value / 10) for pair in self.pairs for value in pair.psnr]
+        mean = float(np.mean(errors))
+        return -10 * math.log10(mean) if mean else math.inf
+
+    @property
+    def least_psnr(self) -> float:
+        return min(value for pair in self.pairs for value in pair.psnr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: dB are None where nothing differs."""
+        return {
+            "reference": self.reference,
+            "tested": self.tested,
+            "tensors": [
+                {"stage": stage, "tensor": tensor, **difference.to_dict()}
+                for (stage, tensor), difference in self.worst_first
+            ],
+            "steps": [
+                {
+                    "frame": frame,
+                    "step": step,
+                    "same_inputs": self.tokens[frame, step].to_dict(),
+                    "free": self.drift[frame, step].to_dict(),
+                }
+                for frame, step in sorted(self.drift)
+            ],
+            "frames": {
+                "psnr": _finite(self.psnr),
+                "least_psnr": _finite(self.least_psnr),
+                "pairs": [
+                    {
+                        "prompt": pair.prompt,
+                        "seed": pair.seed,
+                        "psnr": [_finite(value) for value in pair.psnr],
+                        "ssim": pair.ssim,
+                    }
+                    for pair in self.pairs
+                ],
+            },
+        }
+
+    def table(self) -> str:
+        """For a person: stages, worst first, then drift at the end of each frame, then the frames."""
+        head = ("stage", "tensor", "cosine", "SNR dB", "max error", "of", "not finite", "saturated")
+        rows = [head] + [
+            (
+                stage,
+                tensor,
+                f"{d.cosine:.6f}",
+                f"{d.snr:.1f}",
+                f"{d.max_error:.2g}",
+                f"{d.max_reference:.3g}",
+                str(d.not_finite),
+                str(d.saturated),
+            )
+            for (stage, tensor), d in self.worst_first
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows
+        ]
+        lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+        for frame in sorted({frame for frame, _ in self.drift}):
+            last = max(step for at, step in self.drift if at == frame)
+            same, free = self.tokens[frame, last], self.drift[frame, last]
+            lines.append(
+                f"latent frame {frame}, step {last + 1}: {same.snr:.1f} dB on the same inputs, "
+                f"{free.snr:.1f} dB left to itself"
+            )
+        lines.append(f"frames: PSNR {self.psnr:.1f} dB, least {self.least_psnr:.1f} dB")
+        return "\n".join(lines)
+
+
+def verify(
+    reference: Side,
+    tested: Side,
+    prompts: Sequence[str | int],
+    seed: int = 0,
+    report: Report = lambda done: None,
+    **arguments: Any,
+) -> Verification:
+    """Compare on every prompt, or class; number i has seed + i. arguments: of `Request`.
+
+    report: told how many prompts are done, in parts. Raises InputError for sides of different checkpoints.
+    """
+    if reference.config.to_dict() != tested.config.to_dict():
+        raise InputError(
+            f"{tested.name} and {reference.name} have other configs: only forms of one checkpoint compare"
+        )
+    lockstep = Lockstep(reference.stage, tested.stage)
+    both = Pipeline(reference.config, lockstep, tested.tokenizer)
+    alone = Pipeline(tested.config, tested.stage, tested.tokenizer)
+    drift: dict[Place, Difference] = {}
+    pairs = []
+    for index, prompt in enumerate(prompts):
+        request = {"max_latent_length": reference.config.video_length, **arguments, "seed": seed + index}
+        recorder = Recorder()
+        told, compared = call_progress(report, index, 0.5), call_progress(report, index + 0.5, 0.5)
+        expected = both(prompt, callback=_each(recorder, told), **request)
+        made = alone(prompt, callback=_each(recorder.compare(drift), compared), **request)
+        pairs.append(Pair(prompt, seed + index, expected.frames[0], made.frames[0]))
+        report(index + 1)
+    return Verification(reference.name, tested.name, lockstep.tensors, lockstep.tokens, drift, tuple(pairs))
+
+
+def _each(*callbacks: Callable[[Any], object]) -> Callable[[Any], None]:
+    """One callback that calls several; none of them cancels."""
+
+    def callback(step: Any) -> None:
+        for each in callbacks:
+            each(step)
+
+    return callback
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,139 @@
+"""An exported graph in another precision: which nodes cannot have it, the passes, and the gate."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from nova_export.errors import ExportError
+from nova_export.evaluation.difference import HALF_MAX, Difference
+from nova_export.export.passes.half import to_half
+from nova_export.export.passes.widen import widen
+from nova_export.export.verify import Case
+from nova_export.runtime.runner import Runner
+from nova_export.spec import Stage
+from nova_export.targets import Precision, Target, float_inputs
+
+HEADROOM = 4.0  # values may be this much larger than those that were seen
+TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+LARGEST = {"float16": HALF_MAX, "bfloat16": math.inf}  # bfloat16 has float32's range
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A value that the precision's range cannot hold, and the largest number seen in it."""
+
+    value: str
+    largest: float
+
+
+def change_precision(
+    stage: Stage, graph: Path, precision: Precision, target: Target, cases: list[Case]
+) -> dict[str, Any]:
+    """Rewrite an exported float32 graph, and its weights beside it, in another precision.
+
+    cases: inputs whose values show what overflows. Returns what the manifest keeps: the values that are too
+    large for the precision, and how many nodes stay in float32.
+    """
+    assert precision.half is not None
+    half = TYPES[precision.half]
+    too_large = list(_too_large(stage, graph, LARGEST[precision.half] / HEADROOM, cases))
+    model = _load(graph)
+    names = {each.value for each in too_large}
+    touching = {
+        str(node.name)
+        for node in model.graph.all_nodes()
+        if any(value is not None and value.name in names for value in (*node.inputs, *node.outputs))
+    }
+    kept = to_half(model, half, float_inputs(stage), touching)
+    if precision.half not in target.kernels:
+        widen(model)
+    _replace(model, graph)
+    return {
+        "too_large": [{"value": each.value, "largest": each.largest} for each in too_large],
+        "float_nodes": len(kept),
+    }
+
+
+def check_gate(stage: Stage, runner: Runner, precision: Precision, cases: list[Case]) -> dict[str, Any]:
+    """Compare with the float32 reference. Raises ExportError below the precision's gate."""
+    assert precision.least_snr is not None
+    found = {tensor.name: Difference() for tensor in stage.outputs}
+    for _, inputs, expected in cases:
+        outputs = runner.run(inputs)
+        for name, reference in expected.items():
+            found[name].add(reference, outputs[name])
+    worst = min(found, key=lambda name: (-found[name].not_finite, found[name].snr))
+    difference = found[worst]
+    if difference.not_finite or difference.snr < precision.least_snr:
+        lost = (
+            f"{difference.not_finite} of {difference.count} numbers are not finite"
+            if difference.not_finite
+            else f"it has an SNR of {difference.snr:.1f} dB, and the gate is {precision.least_snr:.0f} dB"
+        )
+        raise ExportError(
+            f"stage {stage.name}: {worst} is not good enough in {precision.name}: {lost}. "
+            f"Keep the stage higher with --stage {stage.name}=fp32"
+        )
+    return {"tensor": worst, "snr_db": difference.snr if math.isfinite(difference.snr) else None}
+
+
+def _too_large(stage: Stage, graph: Path, limit: float, cases: list[Case]) -> Iterator[TooLarge]:
+    """Weights and values of the main graph that hold larger numbers than `limit` for any of the inputs."""
+    if limit == math.inf:
+        return
+    model = _load(graph)
+    for name, value in model.graph.initializers.items():
+        if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
+            largest = float(np.abs(value.const_value.numpy()).max(initial=0))
+            if largest > limit:
+                yield TooLarge(name, largest)
+    for name, largest in _ranges(model, graph, cases).items():
+        if not largest <= limit:
+            yield TooLarge(name, largest)
+
+
+def _ranges(model: ir.Model, graph: Path, cases: list[Case]) -> dict[str, float]:
+    """Largest magnitude of every float value of the main graph, inputs too, over all cases."""
+    import onnxruntime as ort
+
+    outputs = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
+    model.graph.outputs.extend(value for value in outputs if not value.is_graph_output())
+    names = [str(value.name) for value in model.graph.outputs]
+    ranges: dict[str, float] = {}
+    with tempfile.NamedTemporaryFile(dir=graph.parent, suffix=".onnx") as file:
+        ir.save(model, file.name)  # its weights stay in the graph's own file beside it
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        session = ort.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+        for _, inputs, _ in cases:
+            values = dict(zip(names, session.run(names, dict(inputs)), strict=True)) | dict(inputs)
+            for name, array in values.items():
+                if array.dtype == np.float32:
+                    ranges[name] = max(ranges.get(name, 0.0), float(np.abs(array).max(initial=0)))
+    return ranges
+
+
+def _load(graph: Path) -> ir.Model:
+    """A graph whose every value has a type; the exporter leaves some out."""
+    model = ir.load(graph)
+    ShapeInferencePass()(model)
+    return model
+
+
+def _replace(model: ir.Model, graph: Path) -> None:
+    """Write the model in the place of the graph that its weights are still read from."""
+    with tempfile.TemporaryDirectory(dir=graph.parent) as folder:
+        new = Path(folder) / graph.name
+        ir.save(model, new, external_data=f"{graph.name}.data")
+        for path in Path(folder).iterdir():
+            shutil.move(path, graph.with_name(path.name))
