@@ -17,6 +17,7 @@ from nova_export.errors import ExportError
 from nova_export.spec import Stage, Tensor
 
 OPSET = 23  # the first with Attention
+NAMESPACE = "namespace"  # the metadata that names the modules a node is from
 
 
 def trace_sizes(stage: Stage) -> dict[str, int]:
@@ -66,6 +67,11 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
     graph = program.model.graph
     _name(stage, graph.inputs, stage.inputs, "inputs")
     _name(stage, graph.outputs, stage.outputs, "outputs")
+    for node in graph.all_nodes():  # of what the exporter notes, where in the model a node is from; no paths
+        where = node.metadata_props.get(NAMESPACE)
+        node.metadata_props.clear()
+        if where:
+            node.metadata_props[NAMESPACE] = where
     for initializer in list(graph.initializers.values()):
         initializer.name = str(initializer.name).removeprefix("module.")
     program.save(path, external_data=True)

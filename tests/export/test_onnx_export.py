@@ -52,6 +52,13 @@ def test_opset_and_domains(golden_bundle: BundleOf, name: str) -> None:
 
 
 @every_checkpoint
+def test_nodes_name_their_module_and_no_file_of_the_machine(golden_bundle: BundleOf, name: str) -> None:
+    for stage, (_, model) in graphs(golden_bundle(name)).items():
+        data = model.SerializeToString()
+        assert b"reference_model." in data and b".py" not in data and b"/lib/" not in data, stage
+
+
+@every_checkpoint
 def test_attention_stays_one_node_a_layer(golden_bundle: BundleOf, name: str) -> None:
     config = NovaConfig.from_checkpoint(GOLDEN / name / "checkpoint")
     assert config.text_encoder is not None
