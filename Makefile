@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(shell find nova_export reference_model -name '*.py')
+SOURCES := $(shell find calibration nova_export reference_model -name '*.py')
 
 DEMO_CHECKPOINT := reference_model/demo/checkpoint
 DEMO_PROMPT := a red circle moving right
@@ -53,7 +53,7 @@ bench: demo/bundle/manifest.json
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find nova_export reference_model tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find calibration nova_export reference_model tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 demo/demo.mp4: demo/bundle/manifest.json
 	$(BIN)/nova-export run "$(DEMO_PROMPT)" --bundle demo/bundle --seed 1 -o $@

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from reference_model.demo import train_nova, train_vae
-from reference_model.demo.model import Nova
+from reference_model.demo.model import EMBEDDED_DEVIATION, Nova
 from reference_model.demo.tokens import merges
 from reference_model.demo.train_nova import Latents, alpha_bars, frame_positions, nova_config, visible_tokens
 from reference_model.demo.train_vae import to_pixels
@@ -24,7 +24,7 @@ from reference_model.vae.blocks import CausalConv3d
 
 @pytest.fixture(scope="module")
 def config():
-    return nova_config(1.0, len(merges()) + 257)
+    return nova_config(len(merges()) + 257)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_weights_have_the_names_of_the_golden_checkpoint() -> None:
 
     golden = Path(__file__).parent / "golden" / "t2v" / "checkpoint"
     torch.manual_seed(0)
-    model = Nova(nova_config(1.0, 400), alpha_bars())
+    model = Nova(nova_config(400), alpha_bars())
     parts = {**model.parts(), "vae": Vae().state()}
     for part, tensors in parts.items():
         with safe_open(next((golden / part).glob("*.safetensors")), "pt") as file:
@@ -166,6 +166,41 @@ def test_a_short_training_learns(tmp_path: Path, config) -> None:
     assert float(lines[-1].split('"loss": ')[1].split(",")[0]) < 0.9  # 1 is to have learned nothing
 
 
+def test_changed_latents_decode_to_the_same_frames() -> None:
+    torch.manual_seed(0)
+    vae, mean, transform = Vae(), torch.randn(8), torch.randn(8, 8)
+    pixels = torch.rand(2, 3, 5, 64, 64) * 2 - 1
+    with torch.no_grad():
+        (before, _), frames = vae.moments(pixels), vae.decode(vae.moments(pixels)[0])
+        vae.change_latents(transform, mean)
+        after, logvar = vae.moments(pixels)
+        wanted = torch.einsum("ij,bjlhw->bilhw", transform, before - mean.view(1, -1, 1, 1, 1))
+        assert torch.allclose(after, wanted, atol=1e-3)
+        assert torch.allclose(vae.decode(after), frames, atol=1e-3)
+    variance = np.exp(-6) * transform.square().sum(1)  # a new Vae gives every channel e^-6
+    assert torch.allclose(logvar.mean((0, 2, 3, 4)).exp(), variance, rtol=0.2)
+
+
+def test_patches_and_positions_begin_alike(config) -> None:
+    torch.manual_seed(0)
+    latents = torch.randn(300, 8, 2, 8, 8) * torch.logspace(0, -1, 8).view(1, -1, 1, 1, 1) + 2
+    nova = Nova(config, alpha_bars())
+    nova.begin_even(latents)
+    for embed, table in (
+        (nova.spatial.image_encoder.patch_embed, nova.spatial.table),
+        (nova.temporal.video_encoder.patch_embed, nova.temporal.table),
+    ):
+        with torch.no_grad():
+            embedded = embed(latents.transpose(1, 2).flatten(0, 1))  # (frames, patches, width)
+            both = (embedded + table).flatten(0, 1)
+        assert both.mean(0).abs().max() < 1e-3
+        centred = (embedded - embedded.mean((0, 1))).flatten(0, 1)
+        values = torch.linalg.svdvals(centred) / len(centred) ** 0.5
+        components = 8 * embed.patch**2
+        wanted = torch.tensor(EMBEDDED_DEVIATION * (192 / components) ** 0.5)
+        assert torch.allclose(values[:components], wanted, rtol=0.1)
+
+
 def test_inflated_weights_decode_every_frame_as_an_image() -> None:
     torch.manual_seed(0)
     conv = CausalConv3d(4, 5, 3, padding=1)
@@ -180,7 +215,7 @@ def test_mask_ratios_and_times() -> None:
     rng = np.random.default_rng(0)
     counts = np.bincount([visible_tokens(rng, 16) for _ in range(4000)], minlength=16)
     assert len(counts) == 16 and counts.min() > 50  # every number of visible tokens
-    assert counts[:5].sum() > 0.6 * counts.sum()  # the paper's ratios: few
+    assert counts[:5].sum() > 0.42 * counts.sum()  # the paper's ratios: few; 5 of 16 without them
     starts = [frame_positions(rng, 3) for _ in range(200)]
     assert all(start[0] == 0 and len(start) == 3 for start in starts)
     steps = {round(float(start[1]), 3) for start in starts}

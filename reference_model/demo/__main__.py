@@ -9,9 +9,8 @@ from pathlib import Path
 import click
 import torch
 
-from nova_export.config import read_config
 from nova_export.runtime.tokenizer import PromptTokenizer
-from reference_model.demo import train_nova
+from reference_model.demo import train_nova, train_vae
 from reference_model.demo.model import Nova
 from reference_model.demo.recipe import SEED
 from reference_model.demo.store import last_losses, read_runs, read_weights, write_checkpoint
@@ -19,12 +18,10 @@ from reference_model.demo.tokens import merges
 from reference_model.demo.train_nova import (
     LATENT_FRAMES,
     TEXT_LENGTH,
-    Latents,
     alpha_bars,
     make_latents,
     nova_config,
 )
-from reference_model.demo.train_vae import train_vae
 from reference_model.demo.trainer import best_device
 from reference_model.demo.vae import Vae
 from reference_model.small_tokenizer import write_tokenizer
@@ -35,7 +32,11 @@ from reference_model.small_tokenizer import write_tokenizer
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Checkpoint folder to write.")
 @click.option("--start", type=click.Path(path_type=Path), help="Checkpoint whose phases are done already.")
 def main(work: Path, out: Path, start: Path | None) -> None:
-    """Train autoencoder and transformer, and write the checkpoint. A run that was stopped goes on."""
+    """Train autoencoder and transformer, and write the checkpoint. A run that was stopped goes on.
+
+    With --start, a transformer is trained on only if its autoencoder has no phase left: other latents need
+    another transformer.
+    """
     work.mkdir(parents=True, exist_ok=True)
     before = read_runs(start) if start else {"vae": [], "nova": []}
     device, tokenizer = best_device(), _tokenizer(work)
@@ -43,29 +44,25 @@ def main(work: Path, out: Path, start: Path | None) -> None:
     vae = Vae().to(device)
     if start:
         vae.load_state(read_weights(start, "vae"))
-    train_vae(vae, work / "vae", SEED, done=len(before["vae"]))
+    same_latents = len(before["vae"]) == len(train_vae.PHASES)
+    if not same_latents:
+        before["nova"] = []
+        train_vae.train_vae(vae, work / "vae", SEED, done=len(before["vae"]))
+        train_vae.even_latents(vae, SEED)
 
     images = make_latents(vae, tokenizer, work / "images.safetensors", SEED, train_nova.IMAGES, 1)
     clips = make_latents(vae, tokenizer, work / "clips.safetensors", SEED, train_nova.CLIPS, LATENT_FRAMES)
-    scale = float(1 / clips.latents.std())
-    if start:
-        scale = read_config(start / "vae" / "config.json")["scaling_factor"]
-    config = nova_config(scale, len(merges()) + 257)  # with 256 bytes and the end of text
+    config = nova_config(len(merges()) + 257)  # with 256 bytes and the end of text
     torch.manual_seed(SEED)
     nova = Nova(config, alpha_bars()).to(device)
-    if start:
+    nova.begin_even(clips.latents[:2000].to(device))
+    if start and same_latents:
         nova.load_parts({part: read_weights(start, part) for part in ("transformer", "text_encoder")})
-    images, clips = (scaled(data, scale) for data in (images, clips))
     train_nova.train_nova(nova, work / "nova", images, clips, SEED, done=len(before["nova"]))
 
     runs = {name: [*phases, *last_losses(work / name)] for name, phases in before.items()}
     write_checkpoint(out, config, vae, nova, work / "tokenizer", runs)
     click.echo(out)
-
-
-def scaled(data: Latents, scale: float) -> Latents:
-    """Latents as the transformer sees them: of standard deviation 1 over all."""
-    return Latents(data.latents * scale, data.token_ids, data.lengths, data.flow)
 
 
 def _tokenizer(work: Path) -> PromptTokenizer:

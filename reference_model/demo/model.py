@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from nova_export.config import NovaConfig
 from reference_model.condition import TextCondition
 from reference_model.head import DiffusionHead
-from reference_model.layers import AdaLayerNorm, frequencies
+from reference_model.layers import AdaLayerNorm, Block, PatchEmbed, frequencies
 from reference_model.spatial import SpatialEncoder, take
 from reference_model.temporal import TemporalEncoder
 from reference_model.text_encoder import TextEncoder
 
+LEAST_VARIANCE = 0.01  # of a principal component of patches, where training begins
+EMBEDDED_DEVIATION = 2.0  # of embedded patches, where training begins
+BRANCH_WEIGHT = 0.1  # of the norm behind every branch, where training begins; 1 would drown the positions
 LOSS_REPEAT = 4  # noise levels a token is trained at for one pass of the encoders, as published
 
 
@@ -37,8 +40,7 @@ class Nova(nn.Module):
         self.apply(_init)
         _zero(self.head.image_decoder.head)
         nn.init.normal_(self.condition.text_embed.weight, std=0.02)
-        nn.init.normal_(self.temporal.mask_embed.bos_token, std=0.02)
-        nn.init.normal_(self.spatial.mask_embed.mask_token, std=0.02)
+        self._begin_apart()
 
     def losses(
         self,
@@ -95,6 +97,40 @@ class Nova(nn.Module):
         predicted = network(signal.sqrt() * clean + (1 - signal).sqrt() * noise, condition + time)
         return (predicted.float() - noise).square().mean(-1).mean(0)
 
+    @torch.no_grad()
+    def begin_even(self, latents: Tensor) -> None:
+        """First patch embeddings under which every principal component of the patches weighs the same.
+
+        latents (n, C, l, h, w): examples. Patches differ mostly by their ground, a hundred times more than by
+        the outlines on it, which random weights would leave below what a LayerNorm in bfloat16 resolves.
+        """
+        frames = latents.transpose(1, 2).flatten(0, 1)
+        for embed in (self.temporal.video_encoder.patch_embed, self.spatial.image_encoder.patch_embed):
+            patches = embed.patchify(frames).flatten(0, 1)  # (all patches, d)
+            variances, directions = torch.linalg.eigh(patches.T.cov())
+            even = directions / variances.clamp(min=LEAST_VARIANCE).sqrt()  # (d, d)
+            weight = embed.proj.weight  # (width, C, p, p)
+            gain = EMBEDDED_DEVIATION * (weight.shape[0] / even.shape[0]) ** 0.5
+            matrix = gain * nn.init.orthogonal_(weight.flatten(1).clone()) @ even.T
+            # (width, d) with d in a token's order: row, column, channel
+            weight.copy_(matrix.unflatten(1, (embed.patch, embed.patch, -1)).permute(0, 3, 1, 2))
+            _bias(embed).sub_(matrix @ patches.mean(0))
+
+    def _begin_apart(self) -> None:
+        """Take out what all positions share: most of a sincos table over so few is the same anywhere."""
+        for table, token, embed in (
+            (
+                self.temporal.table,
+                self.temporal.mask_embed.bos_token,
+                self.temporal.video_encoder.patch_embed,
+            ),
+            (self.spatial.table, self.spatial.mask_embed.mask_token, self.spatial.image_encoder.patch_embed),
+        ):
+            nn.init.normal_(token, std=0.02)
+            with torch.no_grad():
+                token.sub_(table.mean(0))
+                _bias(embed).copy_(-table.mean(0))
+
     def parts(self) -> dict[str, dict[str, Any]]:
         """Weights by checkpoint part, named as there."""
         stages = (self.condition, self.temporal, self.spatial, self.head)
@@ -121,8 +157,16 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5)
+    elif isinstance(module, Block):
+        nn.init.constant_(module.norm1.weight, BRANCH_WEIGHT)
+        nn.init.constant_(module.norm2.weight, BRANCH_WEIGHT)
     elif isinstance(module, AdaLayerNorm):
         module.proj.apply(_zero)  # every modulation begins as none
+
+
+def _bias(embed: PatchEmbed) -> Tensor:
+    assert embed.proj.bias is not None
+    return embed.proj.bias
 
 
 def _zero(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from nova_export.evaluation.scene import held_out
 from reference_model.demo import train_nova, train_vae
 from reference_model.demo.data import sample_clip, sample_image
+from reference_model.demo.model import LOSS_REPEAT
 from reference_model.demo.vae import CONFIG as VAE_CONFIG
 
 SEED = 2412
@@ -34,9 +35,11 @@ def recipe() -> dict[str, Any]:
             "clips": train_nova.CLIPS,
             "images": train_nova.IMAGES,
             "phases": [asdict(phase) for phase in train_nova.PHASES],
+            "loss_repeat": LOSS_REPEAT,
+            "image_share": train_nova.IMAGE_SHARE,
             "text_dropout": train_nova.TEXT_DROPOUT,
-            "default_flow_share": train_nova.DEFAULT_FLOW_SHARE,
-            "longer_share": train_nova.LONGER_SHARE,
+            "default_flow": [train_nova.DEFAULT_FLOW, train_nova.DEFAULT_FLOW_SHARE],
+            "longer": [train_nova.LONGER_SHARE, train_nova.LONGEST],
             "paper_mask_share": train_nova.PAPER_MASK_SHARE,
         },
     }

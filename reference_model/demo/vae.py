@@ -72,6 +72,27 @@ class Vae(nn.Module):
         mean, logvar = (torch.cat([i, c[:, :, 1:]], dim=2) for i, c in zip(image, clip, strict=True))
         return mean, logvar
 
+    @torch.no_grad()
+    def change_latents(self, transform: Tensor, mean: Tensor) -> None:
+        """Make transform @ (z - mean) the latents, transform (C, C) and mean (C,); frames stay as they are.
+
+        Both go into the 1x1x1 convolutions on either side of the latents. Variances become those of sums of
+        independent channels, the logarithm taken inside the sum.
+        """
+        channels = CONFIG["latent_channels"]
+        quant: Any = self.encode_stage.quant_conv
+        after: Any = self.decode_stage.post_quant_conv
+        weights, biases = quant.weight.flatten(1), quant.bias
+        share = transform.square() / transform.square().sum(1, keepdim=True)
+        of_mean, of_logvar = transform @ weights[:channels], share @ weights[channels:]
+        bias_of_mean = transform @ (biases[:channels] - mean)
+        bias_of_logvar = share @ biases[channels:] + transform.square().sum(1).log()
+        quant.weight.copy_(torch.cat([of_mean, of_logvar]).view_as(quant.weight))
+        quant.bias.copy_(torch.cat([bias_of_mean, bias_of_logvar]))
+        weight = after.weight.flatten(1)
+        after.bias += weight @ mean
+        after.weight.copy_((weight @ transform.inverse()).view_as(after.weight))
+
     def state(self) -> dict[str, Tensor]:
         """Weights by their names in a checkpoint."""
         return {**self.encode_stage.state_dict(), **self.decode_stage.state_dict()}
