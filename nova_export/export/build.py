@@ -182,18 +182,19 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
     export_onnx(spec, module, graph)
     precision = job.precisions[spec.name]
     gated = precision.half is not None  # what cannot pass its gate is not written, asked to verify or not
-    cases = reference_cases(spec, job.config, module) if job.verify or gated else []
+    checked = job.verify or gated
+    cases = reference_cases(spec, job.config, module) if checked else []
     _free(module)
     changes: dict[str, Any] = {}
     if gated:
         report(spec.name, f"changing to {precision.name}")
         changes = change_precision(spec, graph, precision, job.target, cases)
     verified = None
-    if cases:
+    if checked:
         report(spec.name, "verifying")
         check = partial(check_gate, precision=precision) if gated else check_cases
         with OrtRunner(spec, graph) as runner:
-            verified = {**check(spec, runner, cases=cases), **changes}
+            verified = {**check(spec, runner, cases), **changes}
         del cases
     _return_memory()
     return {

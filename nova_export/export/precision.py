@@ -64,7 +64,7 @@ def change_precision(
     }
 
 
-def check_gate(stage: Stage, runner: Runner, precision: Precision, cases: list[Case]) -> dict[str, Any]:
+def check_gate(stage: Stage, runner: Runner, cases: list[Case], precision: Precision) -> dict[str, Any]:
     """Compare with the float32 reference. Raises ExportError below the precision's gate."""
     assert precision.least_snr is not None
     found = {tensor.name: Difference() for tensor in stage.outputs}

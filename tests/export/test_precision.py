@@ -183,7 +183,7 @@ def test_what_overflows_is_named_and_stays_higher(overflowing: Any, tmp_path: Pa
     assert "gelu" in {each["value"] for each in changes["too_large"]}
     assert all(each["largest"] > 65504 / 4 for each in changes["too_large"])
     with OrtRunner(stage, graph) as runner:
-        found = check_gate(stage, runner, FP16, cases)
+        found = check_gate(stage, runner, cases, FP16)
     assert found["snr_db"] > FP16.least_snr
     values = {value.name: value.dtype for node in typed(graph).graph for value in node.outputs}
     assert values["gelu"] == FLOAT and FLOAT16 in values.values()
@@ -202,7 +202,7 @@ def test_without_that_the_gate_refuses(
             ExportError, match=r"spatial_encoder: z .*fp16.*(not finite|dB).*--stage spatial_encoder=fp32"
         ),
     ):
-        check_gate(stage, runner, FP16, cases)
+        check_gate(stage, runner, cases, FP16)
 
 
 def test_bfloat16_has_the_range(overflowing: Any, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_bfloat16_has_the_range(overflowing: Any, tmp_path: Path) -> None:
     graph, cases = copy_graph(path, tmp_path), reference_cases(stage, config, module)
     assert change_precision(stage, graph, BF16, CPU, cases)["too_large"] == []
     with OrtRunner(stage, graph) as runner:
-        assert check_gate(stage, runner, BF16, cases)["snr_db"] > BF16.least_snr
+        assert check_gate(stage, runner, cases, BF16)["snr_db"] > BF16.least_snr
 
 
 # A build

@@ -177,9 +177,9 @@ def _narrow_weights(graph: ir.Graph, half: ir.DataType) -> None:
         if value.dtype != FLOAT or not readers or not all(_casts_to(node, half) for node in readers):
             continue
         tensor = value.const_value
-        assert tensor is not None
+        assert tensor is not None and value.shape is not None
         value.const_value = ir.LazyTensor(
-            partial(_narrowed, tensor, half), dtype=half, shape=ir.Shape(tensor.shape), name=value.name
+            partial(_narrowed, tensor, half), dtype=half, shape=value.shape, name=value.name
         )
         value.dtype = half
         for node in readers:
