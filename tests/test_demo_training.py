@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from reference_model.demo import train_nova, train_vae
 from reference_model.demo.model import EMBEDDED_DEVIATION, Nova
+from reference_model.demo.store import last_losses
 from reference_model.demo.tokens import merges
 from reference_model.demo.train_nova import Latents, alpha_bars, frame_positions, nova_config, visible_tokens
 from reference_model.demo.train_vae import to_pixels
@@ -209,6 +211,17 @@ def test_inflated_weights_decode_every_frame_as_an_image() -> None:
         images = torch.cat([conv(frame) for frame in x.split(1, dim=2)], dim=2)
         inflate(conv)
         assert torch.allclose(conv(x), images, atol=1e-5)
+
+
+def test_losses_are_those_of_the_phases_that_were_trained_now(tmp_path: Path) -> None:
+    """Of an autoencoder that was not trained again there is no folder."""
+    assert last_losses(tmp_path / "vae", 4) == []
+    for index in (2, 10, 9):
+        (tmp_path / "nova" / str(index)).mkdir(parents=True)
+        lines = [{"step": index, "loss": 0.5}, {"step": index, "psnr_clips": 30.0}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "nova" / str(index) / "log.jsonl").write_text(text)
+    assert [each["step"] for each in last_losses(tmp_path / "nova", 9)] == [9, 10]
 
 
 def test_mask_ratios_and_times() -> None:

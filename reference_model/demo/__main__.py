@@ -60,7 +60,7 @@ def main(work: Path, out: Path, start: Path | None) -> None:
         nova.load_parts({part: read_weights(start, part) for part in ("transformer", "text_encoder")})
     train_nova.train_nova(nova, work / "nova", images, clips, SEED, done=len(before["nova"]))
 
-    runs = {name: [*phases, *last_losses(work / name)] for name, phases in before.items()}
+    runs = {name: [*done, *last_losses(work / name, len(done))] for name, done in before.items()}
     write_checkpoint(out, config, vae, nova, work / "tokenizer", runs)
     click.echo(out)
 

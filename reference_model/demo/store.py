@@ -75,9 +75,10 @@ def read_runs(checkpoint: Path) -> Runs:
     return dict(json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["runs"])
 
 
-def last_losses(folder: Path) -> list[dict[str, Any]]:
-    """Of each phase that was trained in `folder`: steps, seconds and the last losses, from its log."""
-    return [_last(phase / "log.jsonl") for phase in sorted(folder.iterdir(), key=lambda p: int(p.name))]
+def last_losses(folder: Path, done: int) -> list[dict[str, Any]]:
+    """Of each phase that was trained in `folder`, but the `done` first: steps, seconds and the last losses."""
+    trained = sorted(int(log.parent.name) for log in folder.glob("*/log.jsonl"))
+    return [_last(folder / str(index) / "log.jsonl") for index in trained if index >= done]
 
 
 def _last(log: Path) -> dict[str, Any]:
