@@ -27,6 +27,7 @@ from nova_export.runtime.media import save_frames
 from nova_export.runtime.pipeline import Pipeline
 from reference_model.demo.data import Clip, sample_clip
 
+OBJECT = ("objects", "colour", "shape", "background")  # what a given image fixes
 SLOW, FAST = 3.5, 6.5  # hundredths of the width per frame; training has 3.3 to 7
 
 
@@ -113,12 +114,12 @@ def image_to_video(pipe: Pipeline, count: int, rows: list[np.ndarray]) -> dict[s
         kept.append(float(psnr(frames[:1], clip.frames[:1])[0]))
         checks = judge(clip.scene, frames)
         asked.append(checks["motion"])
-        same.append(all(checks[name] for name in ("objects", "colour", "shape", "background")))
+        same.append(all(checks[name] for name in OBJECT))
         if i < 8:
             rows.append(np.concatenate(list(frames), axis=1))
         frames = pipe("", image=clip.frames[0], max_latent_length=3, seed=i).frames[0]
         checks = judge(clip.scene, frames)
-        alone.append(all(checks[name] for name in ("objects", "colour", "shape", "background")))
+        alone.append(all(checks[name] for name in OBJECT))
         if i < 4:
             rows.append(np.concatenate(list(frames), axis=1))
     return {

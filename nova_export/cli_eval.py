@@ -13,6 +13,7 @@ from nova_export.cli_options import (
     bundle_or_demo,
     exporter,
     generation_options,
+    is_bundle,
     json_option,
     low_memory_option,
     prompts_progress,
@@ -134,14 +135,10 @@ def _other(path: Path, threads: int, low_memory: bool) -> Source:
     """A bundle, or a checkpoint in eager PyTorch."""
     from nova_export.runtime.pipeline import load
 
-    if (path / "manifest.json").is_file():
+    if is_bundle(path):
         return load(path, threads=threads, low_memory=low_memory)
-    if (path / "model_index.json").is_file():
-        eager: Source = exporter("reference_model.eager").EagerPipeline.from_checkpoint(path)
-        return eager
-    raise UsageError(
-        f"--against {path}: it holds neither a bundle's manifest.json nor a checkpoint's model_index.json"
-    )
+    eager: Source = exporter("reference_model.eager").EagerPipeline.from_checkpoint(path)
+    return eager
 
 
 def _as_text(made: list[tuple[str, list[Sample]]], seed: int) -> str:

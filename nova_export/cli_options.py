@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from nova_export.bundle import MANIFEST
 from nova_export.errors import Cancelled, DependencyError, UsageError
 
 EXPORT_PACKAGES = (
@@ -70,6 +71,17 @@ def exporter(module: str) -> Any:
                 f"this command needs {package!r}, which is not installed: pip install 'nova-export[export]'"
             )
     return import_module(module)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether --against names a bundle; if not, it is a checkpoint. Raises UsageError for neither."""
+    if (path / MANIFEST).is_file():
+        return True
+    if (path / "model_index.json").is_file():
+        return False
+    raise UsageError(
+        f"--against {path}: it holds neither a bundle's {MANIFEST} nor a checkpoint's model_index.json"
+    )
 
 
 def name_and_value(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nova_export.bundle import MANIFEST, Bundle
+from nova_export.bundle import Bundle
 from nova_export.cli_options import (
     exporter,
     generation_options,
+    is_bundle,
     json_option,
     low_memory_option,
     prompts_progress,
@@ -111,15 +112,11 @@ def other_side(path: Path, threads: int, low_memory: bool, stack: ExitStack) -> 
     from nova_export.config import NovaConfig
     from nova_export.evaluation.verification import Side
 
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         return bundle_side(Bundle.open(path), threads, low_memory, stack)
-    if (path / "model_index.json").is_file():
-        config = NovaConfig.from_checkpoint(path)
-        modules = exporter("reference_model.runner").torch_runners(config, path)
-        return Side(str(path), config, modules.__getitem__)
-    raise UsageError(
-        f"--against {path}: it holds neither a bundle's manifest.json nor a checkpoint's model_index.json"
-    )
+    config = NovaConfig.from_checkpoint(path)
+    modules = exporter("reference_model.runner").torch_runners(config, path)
+    return Side(str(path), config, modules.__getitem__)
 
 
 def chosen_prompts(config: NovaConfig, file: Path | None, count: int) -> list[Any]:

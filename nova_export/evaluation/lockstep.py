@@ -32,19 +32,22 @@ class Lockstep:
     def __call__(self, name: str) -> Runner:
         return _Both(self, name)
 
-    def compare(self, name: str, reference: Mapping[str, Array], tested: Mapping[str, Array]) -> None:
-        """Add one call's outputs. Calls come in the order of a run, which begins with the condition."""
+    def compare(self, name: str, outputs: Mapping[str, tuple[Array, Array]]) -> None:
+        """Add one call's outputs: of each the reference's and the tested one.
+
+        Calls come in the order of a run, which begins with the condition.
+        """
         if name == "condition":
             self._frame = self._step = -1
         elif name == "temporal_encoder":
             self._frame, self._step = self._frame + 1, -1
         elif name == "spatial_encoder":
             self._step += 1
-        for tensor, array in reference.items():
-            self.tensors.setdefault((name, tensor), Difference()).add(array, tested[tensor])
+        for tensor, pair in outputs.items():
+            self.tensors.setdefault((name, tensor), Difference()).add(*pair)
         if name == "diffusion_head":
             place = self._frame, self._step
-            self.tokens.setdefault(place, Difference()).add(reference["denoised"], tested["denoised"])
+            self.tokens.setdefault(place, Difference()).add(*outputs["denoised"])
 
 
 class _Both:
@@ -74,9 +77,7 @@ class _Both:
         for name, alias in aliases.items():
             written = reference[name] != before[alias]
             pairs[name] = reference[name][written], tested[name][written]
-        self.lockstep.compare(
-            self.name, {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
-        )
+        self.lockstep.compare(self.name, pairs)
         return reference
 
 

@@ -35,6 +35,7 @@ from nova_export.evaluation.scene import (
 from nova_export.evaluation.vision import Frames, look, motion_of
 from nova_export.runtime.generate import Step
 from nova_export.runtime.pipeline import Output
+from nova_export.tables import markdown
 
 SEEN, HELD_OUT, IMAGES = GROUPS = ("seen", "held-out", "images")
 TOTAL = "total"
@@ -348,8 +349,5 @@ def _summary(values: list[list[float]]) -> dict[str, Any]:
 def _table(columns: dict[str, dict[str, str]]) -> str:
     """Markdown: a line an attribute, a column a group."""
     names = [name for name in (*ATTRIBUTES, ALL) if any(name in cells for cells in columns.values())]
-    rows = [["", *columns], *([name, *(c.get(name, "-") for c in columns.values())] for name in names)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"| {line} |" for line in lines)
+    rows = [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names]
+    return markdown(["", *columns], rows)

@@ -23,6 +23,7 @@ from nova_export.evaluation.shapes_eval import Report, call_progress
 from nova_export.runtime.generate import StageGetter
 from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.tokenizer import PromptTokenizer
+from nova_export.tables import markdown
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Verification:
     def table(self) -> str:
         """For a person: stages, worst first, then drift at the end of each frame, then the frames."""
         head = ("stage", "tensor", "cosine", "SNR dB", "max error", "of", "not finite", "saturated")
-        rows = [head] + [
+        rows = [
             (
                 stage,
                 tensor,
@@ -129,11 +130,7 @@ class Verification:
             )
             for (stage, tensor), d in self.worst_first
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows
-        ]
-        lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+        lines = [markdown(head, rows)]
         for frame in sorted({frame for frame, _ in self.drift}):
             last = max(step for at, step in self.drift if at == frame)
             same, free = self.tokens[frame, last], self.drift[frame, last]

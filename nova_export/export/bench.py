@@ -30,6 +30,7 @@ from nova_export.export.peak_memory import measure
 from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
 from nova_export.runtime.runner import Array, Runner
 from nova_export.spec import Stage
+from nova_export.tables import markdown
 from reference_model.eager import EagerPipeline
 
 TOOLS = ("nova-export", "onnxruntime", "torch", "numpy")
@@ -280,14 +281,8 @@ def format_table(result: Mapping[str, Any]) -> str:
     rows = [row for stage in result["stages"] for row in _rows(_label(stage), stage["results"])]
     if "end_to_end" in result:
         rows += _rows("end to end", result["end_to_end"]["results"])
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    rule = tuple("-" * width for width in widths)
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in (head, rule, *rows)
-    ]
     notes = [f"{stage['stage']}: {note}" for stage in result["stages"] for note in stage["notes"]]
-    return "\n".join([*lines, *notes])
+    return "\n".join([markdown(head, rows), *notes])
 
 
 def _label(stage: Mapping[str, Any]) -> str:

@@ -46,8 +46,9 @@ def change_precision(
     """
     assert precision.half is not None
     half = TYPES[precision.half]
-    too_large = list(_too_large(stage, graph, LARGEST[precision.half] / HEADROOM, cases))
-    model = _load(graph)
+    model = ir.load(graph)
+    ShapeInferencePass()(model)  # gives every value a type; the exporter leaves some out
+    too_large = list(_too_large(model, graph, LARGEST[precision.half] / HEADROOM, cases))
     names = {each.value for each in too_large}
     touching = {
         str(node.name)
@@ -87,11 +88,10 @@ def check_gate(stage: Stage, runner: Runner, cases: list[Case], precision: Preci
     return {"tensor": worst, "snr_db": difference.snr if math.isfinite(difference.snr) else None}
 
 
-def _too_large(stage: Stage, graph: Path, limit: float, cases: list[Case]) -> Iterator[TooLarge]:
+def _too_large(model: ir.Model, graph: Path, limit: float, cases: list[Case]) -> Iterator[TooLarge]:
     """Weights and values of the main graph that hold larger numbers than `limit` for any of the inputs."""
     if limit == math.inf:
         return
-    model = _load(graph)
     for name, value in model.graph.initializers.items():
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
             largest = float(np.abs(value.const_value.numpy()).max(initial=0))
@@ -106,28 +106,23 @@ def _ranges(model: ir.Model, graph: Path, cases: list[Case]) -> dict[str, float]
     """Largest magnitude of every float value of the main graph, inputs too, over all cases."""
     import onnxruntime as ort
 
-    outputs = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
-    model.graph.outputs.extend(value for value in outputs if not value.is_graph_output())
+    values = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
+    own = len(model.graph.outputs)
+    model.graph.outputs.extend(value for value in values if not value.is_graph_output())
     names = [str(value.name) for value in model.graph.outputs]
     ranges: dict[str, float] = {}
     with tempfile.NamedTemporaryFile(dir=graph.parent, suffix=".onnx") as file:
         ir.save(model, file.name)  # its weights stay in the graph's own file beside it
+        del model.graph.outputs[own:]
         options = ort.SessionOptions()
         options.log_severity_level = 3
         session = ort.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
         for _, inputs, _ in cases:
-            values = dict(zip(names, session.run(names, dict(inputs)), strict=True)) | dict(inputs)
-            for name, array in values.items():
+            arrays = dict(zip(names, session.run(names, dict(inputs)), strict=True)) | dict(inputs)
+            for name, array in arrays.items():
                 if array.dtype == np.float32:
                     ranges[name] = max(ranges.get(name, 0.0), float(np.abs(array).max(initial=0)))
     return ranges
-
-
-def _load(graph: Path) -> ir.Model:
-    """A graph whose every value has a type; the exporter leaves some out."""
-    model = ir.load(graph)
-    ShapeInferencePass()(model)
-    return model
 
 
 def _replace(model: ir.Model, graph: Path) -> None:

@@ -58,6 +58,7 @@ def main(work: Path, out: Path, start: Path | None) -> None:
     nova.begin_even(clips.latents[:2000].to(device))
     if start and same_latents:
         nova.load_parts({part: read_weights(start, part) for part in ("transformer", "text_encoder")})
+    nova.compile_blocks()
     train_nova.train_nova(nova, work / "nova", images, clips, SEED, done=len(before["nova"]))
 
     runs = {name: [*done, *last_losses(work / name, len(done))] for name, done in before.items()}

@@ -76,7 +76,7 @@ def read_runs(checkpoint: Path) -> Runs:
 
 
 def last_losses(folder: Path, done: int) -> list[dict[str, Any]]:
-    """Of each phase that was trained in `folder`, but the `done` first: steps, seconds and the last losses."""
+    """Steps, seconds and the last losses of each phase trained in `folder`, but the `done` first."""
     trained = sorted(int(log.parent.name) for log in folder.glob("*/log.jsonl"))
     return [_last(folder / str(index) / "log.jsonl") for index in trained if index >= done]
 

@@ -82,7 +82,11 @@ PAPER_MASK_SHARE = 0.25  # of steps with the paper's mask ratios; see `visible_t
 
 
 # Text to image first, then video from its weights. Frames are latent ones.
-PHASES = (Phase(1, 128, 2000, 2e-3), Phase(LATENT_FRAMES, 64, 13_500, 2e-3))
+PHASES = (
+    Phase(1, 128, 2000, 2e-3),
+    Phase(LATENT_FRAMES, 64, 13_500, 2e-3),
+    Phase(LATENT_FRAMES, 64, 13_500, 1.5e-3, muon=True, most_snr=10.0),
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ def train_nova(
                 torch.from_numpy(frame_positions(rng, frames)).to(device),
                 torch.from_numpy(order).to(device),
                 visible_tokens(rng, config.num_tokens),
+                phase.most_snr,
             )
         return {"loss": errors.mean(), "images" if alone else "clips": errors.mean()}
 
@@ -171,6 +176,7 @@ def train_nova(
             warmup=min(300, phase.steps // 5),
             weight_decay=0.02,
             average=0.999,
+            matrices=nova.matrices(),
         )
         for _ in trainer.run(partial(losses, phase)):
             pass

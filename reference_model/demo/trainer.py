@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +29,26 @@ def best_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` steps on `batch` clips of `frames` frames each; `only` weights whose names begin so."""
+    """`steps` steps on `batch` clips of `frames` frames each; `only` weights whose names begin so.
+
+    muon: whether Muon trains the matrices of the blocks; AdamW trains the rest, with steps as large.
+    most_snr: signal to noise ratio of the diffusion loss from which on noise levels weigh less.
+    """
 
     frames: int
     batch: int
     steps: int
     learning_rate: float
     only: str = ""
+    muon: bool = False
+    most_snr: float = math.inf
 
 
 class Trainer:
-    """Trains a module through one phase: AdamW under a warm-up, then a cosine down to zero.
+    """Trains a module through one phase: Muon and AdamW under a warm-up, then a cosine down to zero.
 
     folder: where state and log live. average: decay of the weights' moving average, which is faster while few
-    steps are done.
+    steps are done. matrices: names of the weights for Muon.
     """
 
     def __init__(
@@ -55,15 +61,22 @@ class Trainer:
         warmup: int,
         average: float,
         weight_decay: float = 0.0,
+        matrices: Collection[str] = (),
     ) -> None:
         self.module, self.folder, self.phase = module, folder, phase
         self.warmup, self.seed, self.average = warmup, seed, average
         self.step, self.seconds = 0, 0.0
         self.parameters = {n: p for n, p in module.named_parameters() if n.startswith(phase.only)}
         self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), betas=(0.9, 0.98), weight_decay=weight_decay, foreach=True
-        )
+        muon = {n: p for n, p in self.parameters.items() if phase.muon and n in matrices}
+        rest = {n: p for n, p in self.parameters.items() if n not in muon}
+        adamw = torch.optim.AdamW(rest.values(), betas=(0.9, 0.98), weight_decay=weight_decay, foreach=True)
+        self.optimizers: dict[str, torch.optim.Optimizer] = dict.fromkeys(rest, adamw)
+        if muon:
+            orthogonal = torch.optim.Muon(
+                muon.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers |= dict.fromkeys(muon, orthogonal)
         folder.mkdir(parents=True, exist_ok=True)
         if self._state.exists():
             self._resume()
@@ -76,12 +89,13 @@ class Trainer:
         while self.step < last:
             rng = np.random.default_rng((self.seed, self.step))
             torch.manual_seed(int(rng.integers(2**62)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(self.step)
             values = losses(rng)
             values["loss"].backward()
             nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-            self.optimizer.step()
+            for optimizer in set(self.optimizers.values()):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate(self.step)
+                optimizer.step()
             self.module.zero_grad(set_to_none=True)
             self.step += 1
             self._update_average()
@@ -118,8 +132,8 @@ class Trainer:
         tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"average/{name}": p for name, p in self.averaged.items()}
         for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+            state = self.optimizers[name].state[parameter]
+            tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
         partial = self._state.with_suffix(".partial")
         metadata = {"step": str(self.step), "seconds": str(self.seconds)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
@@ -158,10 +172,11 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weight/{name}"])
                 self.averaged[name] = tensors[f"average/{name}"]
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": tensors[f"exp_avg/{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"],
+                prefix = f"state/{name}/"
+                self.optimizers[name].state[parameter] = {
+                    key.removeprefix(prefix): tensor
+                    for key, tensor in tensors.items()
+                    if key.startswith(prefix)
                 }
 
     def _update_average(self) -> None:

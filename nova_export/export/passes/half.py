@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from nova_export.export.passes.cast import add_cast
+
 FLOAT = ir.DataType.FLOAT
 NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 
@@ -59,7 +61,7 @@ def _convert(
         if node.op_type == "Scan":
             kept += _convert_scan(node, half, float_nodes, casts)
             continue
-        data = list(_float_inputs(node))
+        data = [value for _, value in _float_inputs(node)]
         floats = [value for value in node.outputs if value.dtype == FLOAT]
         if not floats and not data:
             continue
@@ -69,10 +71,12 @@ def _convert(
         casts.feed(node, wanted)
         for value in floats:
             if wanted == half:
-                casts.made_half(value)
+                value.dtype = half
     for index, value in enumerate(graph.outputs):
         if value.dtype == half:
-            graph.outputs[index] = casts.output(value, graph)
+            name = str(value.name)
+            value.name = f"{name}_half"
+            graph.outputs[index] = add_cast(value, FLOAT, name)
     return kept
 
 
@@ -96,16 +100,16 @@ def _convert_scan(node: ir.Node, half: ir.DataType, float_nodes: frozenset[str],
         else:
             casts.replace(node, index, half)
             inner.dtype = half
-            casts.born_half.add(inner)
     return _convert(body, half, frozenset(str(value.name) for value in body.inputs), float_nodes, casts)
 
 
-def _float_inputs(node: ir.Node) -> Iterator[ir.Value]:
+def _float_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
+    """Place and value of the inputs that are float data."""
     for index, value in enumerate(node.inputs):
         if value is None or (node.op_type, index) in OWN_TYPE:
             continue
         if value.dtype == FLOAT or value.dtype in NUMPY:
-            yield value
+            yield index, value
 
 
 class _Casts:
@@ -114,60 +118,27 @@ class _Casts:
     def __init__(self, half: ir.DataType) -> None:
         self.half = half
         self.as_half: set[ir.Value] = set()  # float32 graph inputs that are read in half precision
-        self.born_half: set[ir.Value] = set()
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def is_half(self, value: ir.Value) -> bool:
-        return value in self.as_half or value in self.born_half
-
-    def made_half(self, value: ir.Value) -> None:
-        value.dtype = self.half
-        self.born_half.add(value)
+        return value in self.as_half or value.dtype == self.half
 
     def feed(self, node: ir.Node, wanted: ir.DataType) -> None:
         """Give a node its float inputs in one type."""
-        for index, value in enumerate(node.inputs):
-            if (
-                value is not None
-                and (node.op_type, index) not in OWN_TYPE
-                and value.dtype in (FLOAT, self.half)
-            ):
-                self.replace(node, index, wanted)
+        for index, _ in _float_inputs(node):
+            self.replace(node, index, wanted)
 
     def replace(self, node: ir.Node, index: int, wanted: ir.DataType) -> None:
         value = node.inputs[index]
         assert value is not None
         if value.dtype != wanted:
-            node.replace_input_with(index, self._cast(value, wanted, node))
+            node.replace_input_with(index, self._cast(value, wanted))
 
-    def output(self, value: ir.Value, graph: ir.Graph) -> ir.Value:
-        """A graph output in half precision, cast back under its own name."""
-        name = str(value.name)
-        value.name = f"{name}_half"
-        node = ir.node("Cast", [value], {"to": FLOAT}, name=f"cast_{name}")
-        out = node.outputs[0]
-        out.name, out.shape, out.dtype = name, value.shape, FLOAT
-        graph.append(node)
-        return out
-
-    def _cast(self, value: ir.Value, wanted: ir.DataType, reader: ir.Node) -> ir.Value:
-        """Behind what makes the value; for an input or a weight, before its first reader in that graph."""
-        key = value, wanted
-        if key not in self._made:
+    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        if (value, wanted) not in self._made:
             suffix = "float" if wanted == FLOAT else "half"
-            node = ir.node("Cast", [value], {"to": wanted}, name=f"cast_{value.name}_{suffix}")
-            out = node.outputs[0]
-            out.name, out.shape, out.dtype = f"{value.name}_{suffix}", value.shape, wanted
-            producer = value.producer()
-            if producer is not None:
-                assert producer.graph is not None
-                producer.graph.insert_after(producer, node)
-            else:
-                owner = value.graph
-                assert owner is not None
-                owner.insert_before(owner.node(0), node)
-            self._made[key] = out
-        return self._made[key]
+            self._made[value, wanted] = add_cast(value, wanted, f"{value.name}_{suffix}")
+        return self._made[value, wanted]
 
 
 def _narrow_weights(graph: ir.Graph, half: ir.DataType) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from nova_export.export.passes.cast import add_cast
+
 FLOAT, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 
 
@@ -26,38 +28,22 @@ def widen(model: ir.Model) -> int:
                 assert value is not None
                 node.replace_input_with(index, _read(value, read))
             for value in narrow_outputs:
-                _round(node, value)
+                _round(value)
             changed += bool(narrow_inputs or narrow_outputs)
     return changed
 
 
 def _read(value: ir.Value, read: dict[ir.Value, ir.Value]) -> ir.Value:
-    """The value as float32; the cast stands where the value is made."""
+    """The value as float32; cast once for all readers."""
     if value not in read:
-        node = _cast(value, FLOAT, f"{value.name}_read")
-        producer, owner = value.producer(), value.graph
-        if producer is not None and producer.graph is not None:
-            producer.graph.insert_after(producer, node)
-        else:
-            assert owner is not None
-            owner.insert_before(owner.node(0), node)
-        read[value] = node.outputs[0]
+        read[value] = add_cast(value, FLOAT, f"{value.name}_read")
     return read[value]
 
 
-def _round(node: ir.Node, value: ir.Value) -> None:
-    """Let the node make float32, and a cast behind it what its readers know by the value's name."""
-    readers, name = list(value.uses()), value.name
+def _round(value: ir.Value) -> None:
+    """Let its node make float32, and a cast behind it what its readers know by the value's name."""
+    readers, name = list(value.uses()), str(value.name)
     value.name, value.dtype = f"{name}_exact", FLOAT
-    cast = _cast(value, BFLOAT16, str(name))
-    assert node.graph is not None
-    node.graph.insert_after(node, cast)
+    rounded = add_cast(value, BFLOAT16, name)
     for reader, index in readers:
-        reader.replace_input_with(index, cast.outputs[0])
-
-
-def _cast(value: ir.Value, wanted: ir.DataType, name: str) -> ir.Node:
-    node = ir.node("Cast", [value], {"to": wanted}, name=f"cast_{name}")
-    out = node.outputs[0]
-    out.name, out.shape, out.dtype = name, value.shape, wanted
-    return node
+        reader.replace_input_with(index, rounded)
