@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from nova_export import __version__
+from nova_export.cli_calibrate import calibrate
 from nova_export.cli_eval import evaluate
 from nova_export.cli_options import (
     build_with_progress,
@@ -45,23 +46,43 @@ def cli() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the bundle to write.")
 @click.option("--target", default="cpu", show_default=True, help="What the bundle runs on.")
 @click.option(
-    "--precision", default="fp32", show_default=True, help="Of weights and arithmetic: fp32, fp16 or bf16."
+    "--precision",
+    help="Of weights and arithmetic: fp32 (the default), fp16, bf16, int8, int8-weights or int4-weights.",
 )
+@click.option("--recipe", help="Precisions by stage and layer: cpu, small, or a .toml file.")
 @click.option(
     "--stage", "stage_precisions", multiple=True, metavar="NAME=PRECISION", callback=name_and_value,
     help="Precision of one stage; may be given again. `nova-export inspect` shows their names.",
 )  # fmt: skip
+@click.option(
+    "--calibration", type=click.Path(path_type=Path),
+    help="What `nova-export calibrate` wrote, for int8; without it the build calibrates by itself.",
+)  # fmt: skip
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")
 @quiet_option
-def build(checkpoint: Path | None, out: Path | None, quiet: bool, **options: Any) -> None:
+def build(
+    checkpoint: Path | None,
+    out: Path | None,
+    precision: str | None,
+    recipe: str | None,
+    stage_precisions: dict[str, str],
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Export CHECKPOINT (a published NOVA folder) to a bundle. Needs the `export` extra.
 
     Without CHECKPOINT it is the demo that comes with the package, and without --out its bundle goes where
     `run` looks for it. A build that was stopped goes on where it was when the same command is run again.
+    Precisions on the command line go before those of a recipe.
     """
+    from calibration.recipe import Recipe
     from nova_export.demo import demo_bundle_folder, demo_checkpoint, make_cache_folder
 
+    chosen = Recipe.load(recipe) if recipe else Recipe()
+    options["precision"] = precision or chosen.precision
+    options["stage_precisions"] = {**chosen.stages, **stage_precisions}
+    options["float_layers"] = chosen.float_layers
     if out is None and checkpoint is not None:
         raise UsageError(f"--out FOLDER is missing: where to write the bundle of {checkpoint}")
     if out is None:
@@ -279,6 +300,7 @@ def _size(text: str) -> tuple[str, int]:
     return name, int(size)
 
 
+cli.add_command(calibrate)
 cli.add_command(evaluate)
 cli.add_command(verify)
 

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nova_export.bundle import MANIFEST
-from nova_export.errors import Cancelled, DependencyError, UsageError
+from nova_export.errors import Cancelled, DependencyError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from nova_export.config import NovaConfig
 
 EXPORT_PACKAGES = (
     "torch",
@@ -32,6 +35,11 @@ threads_option = click.option(
 )
 low_memory_option = click.option(
     "--low-memory", is_flag=True, help="Keep only the stages of one phase loaded."
+)
+prompts_option = click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Text file, a prompt a line. If not given: of ShapesEval for the demo's size, else natural ones.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
@@ -142,3 +150,20 @@ def prompts_progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} prompts [{elapsed}<{remaining}]"
     with tqdm(total=total, desc=label, disable=quiet, bar_format=form, mininterval=pause, delay=pause) as bar:
         yield lambda done: bar.update(done - bar.n)
+
+
+def chosen_prompts(config: NovaConfig, file: Path | None, count: int) -> list[Any]:
+    """Raises InputError for a file without prompts, or that cannot be read."""
+    from calibration import default_prompts
+
+    if file is not None:
+        if config.is_class_conditional:
+            raise UsageError("--prompts is for text; this checkpoint is class-conditional")
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+        if not any(lines):
+            raise InputError(f"{file}: has no prompts; write one a line")
+        return [line for line in lines if line][:count]
+    return default_prompts(config, count)

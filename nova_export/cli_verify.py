@@ -11,19 +11,19 @@ import click
 
 from nova_export.bundle import Bundle
 from nova_export.cli_options import (
+    chosen_prompts,
     exporter,
     generation_options,
     is_bundle,
     json_option,
     low_memory_option,
+    prompts_option,
     prompts_progress,
     quiet_option,
     threads_option,
 )
-from nova_export.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from nova_export.config import NovaConfig
     from nova_export.evaluation.verification import Side
 
 DECIDED = ("image", "num_images_per_prompt", "max_latent_length", "seed")
@@ -38,11 +38,7 @@ COUNT = 4  # prompts, unless told
     required=True,
     help="The bundle, or the checkpoint in eager PyTorch (needs the `export` extra), that it should be like.",
 )
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="Text file, a prompt a line. If not given: of ShapesEval for the demo's size, else natural ones.",
-)
+@prompts_option
 @click.option(
     "--count", type=click.IntRange(min=1), help=f"Prompts to use, the first ones; {COUNT} if not told."
 )
@@ -117,27 +113,3 @@ def other_side(path: Path, threads: int, low_memory: bool, stack: ExitStack) -> 
     config = NovaConfig.from_checkpoint(path)
     modules = exporter("reference_model.runner").torch_runners(config, path)
     return Side(str(path), config, modules.__getitem__)
-
-
-def chosen_prompts(config: NovaConfig, file: Path | None, count: int) -> list[Any]:
-    """Raises InputError for a file without prompts, or that cannot be read."""
-    from calibration import prompts as natural
-    from nova_export.evaluation.shapes_eval import check_source, prompt_list
-
-    if config.is_class_conditional:
-        if file is not None:
-            raise UsageError("--prompts is for text; this checkpoint is class-conditional")
-        return list(range(count))
-    if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-        if not any(lines):
-            raise InputError(f"{file}: has no prompts; write one a line")
-        return [line for line in lines if line][:count]
-    try:
-        check_source(config, "")
-    except InputError:
-        return natural()[:count]
-    return [item.prompt for item in prompt_list()][:count]

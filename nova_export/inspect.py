@@ -89,4 +89,6 @@ def _found(verified: Mapping[str, Any]) -> str:
     if "max_abs_diff" in verified:
         return f"within {verified['max_abs_diff']:.1e} of the reference"
     snr = "equal" if verified["snr_db"] is None else f"SNR {verified['snr_db']:.1f} dB"
+    if "layers" in verified:
+        return f"{snr} to fp32 on its runs, {verified['layers']} layers in integers"
     return f"{snr} to the reference, {verified['float_nodes']} operators in fp32"

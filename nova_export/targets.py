@@ -14,35 +14,54 @@ from nova_export.spec import Stage
 class Target:
     """Where a bundle runs. `opset` of its graphs; 23 has Attention, which ONNX Runtime fuses.
 
-    kernels: the number types that it computes in. Others are stored, and computed in float32.
+    kernels: the number types that it computes in. Others are stored, and computed in float32. signed_inputs:
+    whether 8-bit inputs of layers are signed, with their zero at 0, as TensorRT wants them.
     """
 
     name: str
     opset: int
     kernels: tuple[str, ...]
+    signed_inputs: bool = False
 
 
 @dataclass(frozen=True)
 class Precision:
     """What the weights and the arithmetic of a stage are.
 
-    half: the number type of both, where it is not float32. least_snr: the gate, in dB against float32, that
-    every output of every stage must pass, or the stage is not written.
+    half: the number type of both, where it is not float32. weights: "int8" or "int4", how the weights of
+    linear layers are stored, with a scale for every `block` input channels or, without, every output channel.
+    inputs: whether the inputs of these layers are in 8 bits too. stages: those that it is for; others stay in
+    fp32. least_snr: the gate, in dB against float32, that every output of every stage must pass, or the stage
+    is not written.
     """
 
     name: str
     half: str | None = None
+    weights: str | None = None
+    block: int | None = None
+    inputs: bool = False
+    stages: tuple[str, ...] | None = None
     least_snr: float | None = None
+
+    def is_for(self, stage: str) -> bool:
+        return self.stages is None or stage in self.stages
 
 
 TARGETS = (Target("cpu", opset=23, kernels=("float32", "float16")),)
+ENCODERS = ("text_encoder", "temporal_encoder", "spatial_encoder")
 # Rounding alone leaves 6 dB a bit: 66 dB with the 11 bits of float16, 48 dB with the 8 of bfloat16. The gates
 # leave room for deep stages, and none for an overflow.
+FP32 = Precision("fp32")
 PRECISIONS = (
-    Precision("fp32"),
+    FP32,
     Precision("fp16", half="float16", least_snr=45.0),
     Precision("bf16", half="bfloat16", least_snr=28.0),
+    Precision("int8", weights="int8", inputs=True, stages=ENCODERS, least_snr=15.0),
+    Precision("int8-weights", weights="int8", block=64, stages=ENCODERS, least_snr=25.0),
+    Precision("int4-weights", weights="int4", block=32, stages=("text_encoder",), least_snr=15.0),
 )
+# Of linear layers in integers: at least so many input and output channels. Smaller ones gain nothing.
+LEAST_CHANNELS = 64
 # Inputs that stay in float32 in any precision: state of loops, where errors add up, and the tables that step
 # it. So do inputs that a stage writes in place.
 FLOAT_INPUTS: Mapping[str, frozenset[str]] = {

@@ -286,7 +286,7 @@ def built_nothing(job: Any, spec: Any, work: Path, report: Any) -> dict[str, Any
     build.load_module(spec, job.config, job.checkpoint)
     graph = work / f"{spec.name}.onnx"
     graph.touch()
-    entry = {graph.name: build._entry(graph)}
+    entry = {graph.name: build.file_entry(graph)}
     return {
         "spec": spec.to_dict(),
         "graph": graph.name,

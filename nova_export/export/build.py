@@ -8,15 +8,12 @@ bundle.
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import gc
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -28,21 +25,30 @@ from torch import nn
 import nova_export
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, sha256
 from nova_export.config import NovaConfig
-from nova_export.errors import BundleError, CheckpointError, OutputError, UsageError
+from nova_export.errors import BundleError, CheckpointError, ExportError, UsageError
 from nova_export.export.onnx_export import export_onnx
-from nova_export.export.precision import change_precision, check_gate
+from nova_export.export.precision import change_precision, check_gate, judge
+from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage
 from nova_export.export.verify import check_cases, reference_cases
+from nova_export.export.work_folder import (
+    adopt,
+    check_out,
+    file_entry,
+    publish,
+    read_record,
+    work_folder,
+    write_json,
+)
 from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
-from nova_export.targets import PRECISIONS, TARGETS, Precision, Target, find
+from nova_export.targets import FP32, PRECISIONS, TARGETS, Precision, Target, find
 from reference_model.checkpoint import Weights, check_weights, load_module
 from reference_model.tokenizer import read_tokenizer
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "numpy")
 TOKENIZER = "tokenizer.json"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Report = Callable[[str, str], object]  # stage name, what is being done to it
 
@@ -55,6 +61,8 @@ class Job:
     config: NovaConfig
     target: Target
     precisions: dict[str, Precision]  # by stage
+    named: frozenset[str]  # stages whose precision was asked for by name: it is theirs or none
+    float_layers: Mapping[str, tuple[str, ...]]  # by stage, patterns of layers that stay in float
     verify: bool
     tools: dict[str, str]
     code: str
@@ -67,13 +75,18 @@ def build_bundle(
     target: str = "cpu",
     precision: str = "fp32",
     stage_precisions: Mapping[str, str] | None = None,
+    float_layers: Mapping[str, tuple[str, ...]] | None = None,
+    calibration: str | Path | None = None,
     verify: bool = True,
     force: bool = False,
     report: Report = lambda stage, action: None,
 ) -> Path:
     """Write the bundle `out` of a checkpoint folder and return its path.
 
-    precision: of all stages but those of `stage_precisions`, which name their own.
+    precision: of all stages but those of `stage_precisions`, which name their own; stages that it is not for
+    are in fp32. Stages in integers that do not pass their gate are in fp32 too, unless they were named.
+    float_layers: by stage, patterns of the names of layers that integers leave in float.
+    calibration: what int8 takes its ranges from (`calibration.collect`); without it the build calibrates.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, corrupt, unsafe or unknown.
@@ -87,26 +100,30 @@ def build_bundle(
         checkpoint=checkpoint,
         config=config,
         target=find(TARGETS, target),
-        precisions=_precisions(specs, precision, stage_precisions or {}),
+        precisions=_precisions(specs, precision, stage_precisions or {}, float_layers or {}),
+        named=frozenset(stage_precisions or {}),
+        float_layers=dict(float_layers or {}),
         verify=verify,
         tools=_tool_versions(),
         code=_code_digest(),
     )
-    _check_out(out, force)
+    check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
     _check_checkpoint(job, specs)
     sources = {
         part: fingerprint(checkpoint / part) for part in sorted({spec.part for spec in specs.values()})
     }
-    with _work_folder(out) as work:
+    with work_folder(out) as work:
+        source = _float_source(job, out, calibration, report)
+        folders = [work, out, *([source.bundle.folder] if source else [])]
         records = {
-            name: _finished_or_built(job, spec, sources[spec.part], work, out, report)
+            name: _finished_or_built(job, spec, sources[spec.part], folders, source, report)
             for name, spec in specs.items()
         }
         files = {path: entry for record in records.values() for path, entry in record["files"].items()}
         if tokenizer is not None:
             (work / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            files[TOKENIZER] = _entry(work / TOKENIZER)
+            files[TOKENIZER] = file_entry(work / TOKENIZER)
         manifest = {
             "format": FORMAT_VERSION,
             "nova_export": nova_export.__version__,
@@ -118,16 +135,42 @@ def build_bundle(
             "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
             "files": files,
         }
-        _write_json(work / MANIFEST, manifest)
-        _publish(work, out, {MANIFEST, *files})
+        write_json(work / MANIFEST, manifest)
+        publish(work, out, {MANIFEST, *files})
+    for path in _float_paths(out):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return out
 
 
-def _precisions(specs: Collection[str], precision: str, own: Mapping[str, str]) -> dict[str, Precision]:
+def _precisions(
+    specs: Collection[str], precision: str, own: Mapping[str, str], layers: Collection[str]
+) -> dict[str, Precision]:
     """The precision of every stage. Raises UsageError for an unknown stage or precision."""
-    if unknown := own.keys() - set(specs):
+    if unknown := {*own, *layers} - set(specs):
         raise UsageError(f"stage {min(unknown)!r} is unknown; this checkpoint has {', '.join(specs)}")
-    return {name: find(PRECISIONS, own.get(name, precision)) for name in specs}
+    for name, wanted in own.items():
+        preset = find(PRECISIONS, wanted)
+        if not preset.is_for(name):
+            raise UsageError(f"{wanted} is not for stage {name}; it is for {', '.join(preset.stages or ())}")
+    chosen = {name: find(PRECISIONS, own.get(name, precision)) for name in specs}
+    return {name: preset if preset.is_for(name) else FP32 for name, preset in chosen.items()}
+
+
+def _float_paths(out: Path) -> tuple[Path, Path]:
+    """Where the float32 bundle and the calibration of a build in integers are, until it is done."""
+    return out.parent / f".{out.name}.fp32", out.parent / f".{out.name}.calibration.npz"
+
+
+def _float_source(job: Job, out: Path, calibration: str | Path | None, report: Report) -> FloatSource | None:
+    """What stages in integers are made from; None where there are none."""
+    if not any(precision.weights for precision in job.precisions.values()):
+        return None
+    bundle, kept = _float_paths(out)
+    build_bundle(job.checkpoint, bundle, target=job.target.name, verify=job.verify, force=True, report=report)
+    wanted = any(precision.inputs for precision in job.precisions.values())
+    if wanted and calibration is None:
+        report("calibration", "running the loops")
+    return FloatSource.open(bundle, None if calibration is None else Path(calibration), wanted, kept)
 
 
 def _check_checkpoint(job: Job, specs: dict[str, Stage]) -> None:
@@ -150,24 +193,61 @@ def fingerprint(part: Path) -> str:
 
 
 def _finished_or_built(
-    job: Job, spec: Stage, source: str, work: Path, out: Path, report: Report
+    job: Job, spec: Stage, part: str, folders: Sequence[Path], source: FloatSource | None, report: Report
 ) -> dict[str, Any]:
-    """The stage's manifest entry: of an earlier run if it is still good, else of building it now."""
-    key = _stage_key(job, spec, source)
-    for folder in (work, out):
-        record = _read_record(folder, spec.name)
+    """The stage's manifest entry: of an earlier run if it is still good, else of building it now.
+
+    folders: the first is where it is built, all are where it may be already.
+    """
+    work, precision = folders[0], job.precisions[spec.name]
+    key = _stage_key(job, spec, part, source)
+    for folder in folders:
+        record = read_record(folder, spec.name)
         if (
             record
             and record.get("key") == key
             and (record.get("verified") or not job.verify)
-            and _adopt(record, folder, work)
+            and adopt(record, folder, work)
         ):
             report(spec.name, "reused")
             break
     else:
-        record = {"key": key, **_build_stage(job, spec, work, report)}
-    _write_json(work / f"{spec.name}.json", record)
+        built = (
+            _quantize_stage(job, spec, work, source, report)
+            if source and precision.weights
+            else _build_stage(job, spec, work, report)
+        )
+        record = {**built, "key": key}
+    write_json(work / f"{spec.name}.json", record)
     return record
+
+
+def _quantize_stage(job: Job, spec: Stage, work: Path, source: FloatSource, report: Report) -> dict[str, Any]:
+    """A stage in integers, or in float32 if it is not good enough. Raises ExportError if it was named."""
+    precision, graph = job.precisions[spec.name], work / f"{spec.name}.onnx"
+    paths = [graph, graph.with_name(graph.name + ".data")]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    report(spec.name, f"changing to {precision.name}")
+    kept = job.float_layers.get(spec.name, ())
+    changes = quantize_stage(source, spec.name, graph, precision, job.target, kept)
+    report(spec.name, "verifying")
+    verdict = judge(compare_on_runs(source, {spec.name: graph})[spec.name], precision)
+    verified = {**verdict.to_dict(), **changes}
+    if verdict.lost:
+        if spec.name in job.named:
+            raise ExportError(f"stage {spec.name}: {verdict.lost}")
+        report(spec.name, f"stays in fp32: {verdict.lost}")
+        record = read_record(source.bundle.folder, spec.name)
+        assert record is not None and adopt(record, source.bundle.folder, work)
+        return {**record, "refused": {"precision": precision.name, **verdict.to_dict()}}
+    return {
+        "spec": spec.to_dict(),
+        "graph": graph.name,
+        "files": {path.name: file_entry(path) for path in paths},
+        "precision": precision.name,
+        "verified": verified,
+    }
 
 
 def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str, Any]:
@@ -200,7 +280,7 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
     return {
         "spec": spec.to_dict(),
         "graph": graph.name,
-        "files": {path.name: _entry(path) for path in paths if path.exists()},
+        "files": {path.name: file_entry(path) for path in paths if path.exists()},
         "precision": precision.name,
         "verified": verified,
     }
@@ -220,125 +300,22 @@ def _return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _stage_key(job: Job, spec: Stage, source: str) -> str:
+def _stage_key(job: Job, spec: Stage, part: str, source: FloatSource | None) -> str:
+    precision = job.precisions[spec.name]
     facts = [
         spec.to_dict(),
         job.config.to_dict(),
-        source,
+        part,
         job.target.name,
-        asdict(job.precisions[spec.name]),
+        asdict(precision),
         job.tools,
         job.code,
     ]
+    if precision.weights:
+        facts.append(job.float_layers.get(spec.name))
+    if precision.inputs and source and source.statistics:
+        facts.append(source.statistics.digest())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
-    """What a finished stage left in a work folder or a bundle; None where there is nothing usable."""
-    try:
-        if (folder / f"{name}.json").exists():
-            return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        record = manifest["stages"][name]
-        return {**record, "files": {path: manifest["files"][path] for path in record["files"]}}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _adopt(record: dict[str, Any], folder: Path, work: Path) -> bool:
-    """Whether the record's files are whole; links those of another folder into `work`."""
-    try:
-        if any(_entry(folder / path) != entry for path, entry in record["files"].items()):
-            return False
-        for path in record["files"] if folder != work else ():
-            (work / path).unlink(missing_ok=True)
-            os.link(folder / path, work / path)
-    except (OSError, BundleError):
-        return False
-    return True
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _check_out(out: Path, force: bool) -> None:
-    if not out.parent.is_dir():
-        raise OutputError(
-            f"{out.parent}: no such folder; make it first, or choose another place for the bundle"
-        )
-    if not os.access(out.parent, os.W_OK):
-        raise OutputError(f"{out.parent}: is not writable; choose another place for the bundle")
-    if out.exists() and not (out / MANIFEST).exists():
-        raise OutputError(f"{out}: exists and is no bundle; choose another name, it will not be overwritten")
-    if out.exists() and not force:
-        raise OutputError(f"{out}: exists; give --force to replace it, stages that did not change are kept")
-
-
-@contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """The hidden sibling where a build leaves its finished stages until all are there."""
-    work = out.parent / f".{out.name}.partial"
-    try:
-        work.mkdir(exist_ok=True)
-        lock = (work / ".lock").open("w")
-    except OSError as error:
-        raise OutputError(f"{work}: {error.strerror}; choose another place for the bundle") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"{work}: another build of this bundle is running; wait for it or stop it"
-            ) from None
-        try:
-            yield work
-        except BaseException as error:
-            with suppress(OSError):
-                _drop_unfinished(work)
-            if not isinstance(error, OSError):
-                raise
-            room = "when there is room" if error.errno in NO_ROOM else "when that is mended"
-            kept = f"; finished stages are kept in {work}" if work.exists() else ""
-            raise OutputError(
-                f"{error.filename or work}: {error.strerror or error}; "
-                f"run the same command again {room}{kept}"
-            ) from error
-
-
-def _drop_unfinished(work: Path) -> None:
-    """Of a build that did not end, keep the finished stages alone; without any, nothing."""
-    if not work.exists() or (work / MANIFEST).exists():
-        return  # it became the bundle, or was about to
-    keep = {".lock"}
-    for record in work.glob("*.json"):
-        data = _read_record(work, record.stem)
-        if data and "files" in data and "key" in data:
-            keep |= {record.name, *data["files"]}
-    for path in work.iterdir():
-        if path.name not in keep:
-            path.unlink(missing_ok=True)
-    if keep == {".lock"}:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _publish(work: Path, out: Path, keep: set[str]) -> None:
-    """Drop what is not part of the bundle, then put the folder in its place."""
-    for path in work.iterdir():
-        if path.name not in keep:
-            path.unlink()
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    work.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _tool_versions() -> dict[str, str]:
@@ -361,7 +338,8 @@ def _code_digest() -> str:
         package / "targets.py",
         *(package / "export").rglob("*.py"),
     ]
-    sources += (package.parent / "reference_model").rglob("*.py")
+    for folder in ("calibration", "reference_model"):
+        sources += (package.parent / folder).rglob("*.py")
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(path.read_bytes())

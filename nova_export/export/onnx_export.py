@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnxscript.optimizer import fold_constants
 from torch import nn
 
 from nova_export.errors import ExportError
+from nova_export.export.passes import NAMESPACE
 from nova_export.spec import Stage, Tensor
 
 OPSET = 23  # the first with Attention
-NAMESPACE = "namespace"  # the metadata that names the modules a node is from
+ANY_SIZE = 1 << 40
 
 
 def trace_sizes(stage: Stage) -> dict[str, int]:
@@ -72,6 +74,7 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
         node.metadata_props.clear()
         if where:
             node.metadata_props[NAMESPACE] = where
+    fold_constants(program.model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE)  # parts of weights
     for initializer in list(graph.initializers.values()):
         initializer.name = str(initializer.name).removeprefix("module.")
     program.save(path, external_data=True)

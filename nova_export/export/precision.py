@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,25 +67,42 @@ def change_precision(
 
 def check_gate(stage: Stage, runner: Runner, cases: list[Case], precision: Precision) -> dict[str, Any]:
     """Compare with the float32 reference. Raises ExportError below the precision's gate."""
-    assert precision.least_snr is not None
     found = {tensor.name: Difference() for tensor in stage.outputs}
     for _, inputs, expected in cases:
         outputs = runner.run(inputs)
         for name, reference in expected.items():
             found[name].add(reference, outputs[name])
-    worst = min(found, key=lambda name: (-found[name].not_finite, found[name].snr))
-    difference = found[worst]
-    if difference.not_finite or difference.snr < precision.least_snr:
-        lost = (
-            f"{difference.not_finite} of {difference.count} numbers are not finite"
-            if difference.not_finite
-            else f"it has an SNR of {difference.snr:.1f} dB, and the gate is {precision.least_snr:.0f} dB"
-        )
+    verdict = judge(found, precision)
+    if verdict.lost:
         raise ExportError(
-            f"stage {stage.name}: {worst} is not good enough in {precision.name}: {lost}. "
-            f"Keep the stage higher with --stage {stage.name}=fp32"
+            f"stage {stage.name}: {verdict.lost}. Keep the stage higher with --stage {stage.name}=fp32"
         )
-    return {"tensor": worst, "snr_db": difference.snr if math.isfinite(difference.snr) else None}
+    return verdict.to_dict()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst tensor of a stage, its SNR in dB, and what is wrong with it; empty where it passes."""
+
+    tensor: str
+    snr: float
+    lost: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"tensor": self.tensor, "snr_db": self.snr if math.isfinite(self.snr) else None}
+
+
+def judge(found: Mapping[str, Difference], precision: Precision) -> Verdict:
+    """The gate: every output of a stage must be finite, and near enough to float32."""
+    assert precision.least_snr is not None
+    worst = min(found, key=lambda name: (-found[name].not_finite, found[name].snr))
+    difference, lost = found[worst], ""
+    if difference.not_finite:
+        lost = f"{difference.not_finite} of {difference.count} numbers are not finite"
+    elif difference.snr < precision.least_snr:
+        lost = f"it has an SNR of {difference.snr:.1f} dB, and the gate is {precision.least_snr:.0f} dB"
+    return Verdict(worst, difference.snr, lost and f"{worst} is not good enough in {precision.name}: {lost}")
 
 
 def _too_large(model: ir.Model, graph: Path, limit: float, cases: list[Case]) -> Iterator[TooLarge]:

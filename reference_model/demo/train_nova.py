@@ -85,7 +85,7 @@ PAPER_MASK_SHARE = 0.25  # of steps with the paper's mask ratios; see `visible_t
 PHASES = (
     Phase(1, 128, 2000, 2e-3),
     Phase(LATENT_FRAMES, 64, 13_500, 2e-3),
-    Phase(LATENT_FRAMES, 64, 13_500, 1.5e-3, muon=True, most_snr=10.0),
+    Phase(LATENT_FRAMES, 64, 11_500, 1.5e-3, muon=True, most_snr=10.0),
 )
 
 

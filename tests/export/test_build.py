@@ -84,7 +84,7 @@ def test_killed_before_the_last_rename(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(build, "_publish", publish)
+        patch.setattr(build, "publish", publish)
         make(checkpoint, out)
     assert not out.exists() and (partial(out) / MANIFEST).exists()
     assert reused(make(checkpoint, out)) == STAGES and exports.done == STAGES

@@ -1,0 +1,192 @@
+"""Runs the loops over prompts and looks at the inputs of every linear layer, at a sample of the AR steps.
+
+The sample is stratified: of every frame the same number of steps, one from each equal part of them, as
+visible length and mask ratio change what layers see. Few layers are looked at in one call, so that memory
+stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.statistics import LayerInput, Statistics
+from nova_export.bundle import Bundle
+from nova_export.errors import InputError
+from nova_export.export.passes.quantize import linear_layers
+from nova_export.runtime.generate import Step
+from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
+from nova_export.runtime.request import Request
+from nova_export.runtime.runner import Array, Runner
+from nova_export.runtime.tokens import set_sizes
+
+STAGES = ("text_encoder", "temporal_encoder", "spatial_encoder")
+STEPS_PER_FRAME = 8
+GROUP_CHANNELS = 16_384  # inputs looked at in one call: some hundred MB at full size
+
+Report = Callable[[float], object]
+
+
+def calibrate(
+    bundle: Bundle,
+    prompts: Sequence[str | int],
+    seed: int,
+    out: Path,
+    report: Report = lambda done: None,
+    threads: int = 0,
+    **arguments: Any,
+) -> Statistics:
+    """Statistics of a float32 bundle's linear layers, written to `out` after every prompt.
+
+    Goes on from `out` where it was stopped. Prompt i has seed + i. arguments: of `Request`. report: told how
+    many prompts are done, in parts.
+
+    Raises:
+        InputError: the bundle is not in float32, or `out` holds another calibration.
+    """
+    for name in STAGES:
+        if name in bundle.stages and bundle.stages[name].precision != "fp32":
+            raise InputError(
+                f"{bundle.folder}: stage {name} is in {bundle.stages[name].precision}; calibrate the fp32 "
+                "bundle of the checkpoint"
+            )
+    arguments = {"max_latent_length": bundle.config.video_length, **arguments}
+    found = Statistics(bundle.source["parts"], list(prompts), seed, arguments)
+    if out.exists():
+        earlier = Statistics.load(out)
+        if not earlier.same_origin(found):
+            raise InputError(
+                f"{out}: holds a calibration of another checkpoint, or with other prompts, seed or "
+                "arguments; give another --out, or remove it"
+            )
+        found = earlier
+    runners = StageRunners(bundle, threads)
+    observers = {name: Observer(bundle, name, found, threads) for name in STAGES if name in bundle.stages}
+    try:
+        for index in range(found.done, len(prompts)):
+            request = Request(prompt=prompts[index], **{**arguments, "seed": seed + index})
+            chosen = _Sample(request, bundle, seed + index)
+
+            def stage(name: str, chosen: _Sample = chosen) -> Runner:
+                return _Observed(runners(name), observers.get(name), chosen)
+
+            pipeline = Pipeline(bundle.config, stage, bundle_tokenizer(bundle))
+
+            def told(step: Step, index: int = index) -> None:
+                frames = step.frame + (step.step + 1) / step.num_steps
+                report(index + frames / step.num_frames)
+
+            pipeline(prompts[index], callback=told, **{**arguments, "seed": seed + index})
+            found.done = index + 1
+            found.save(out)
+            report(index + 1)
+    finally:
+        runners.close()
+    return found
+
+
+class Observer:
+    """A stage's graph with the inputs of its linear layers as outputs, added to the statistics."""
+
+    def __init__(self, bundle: Bundle, name: str, found: Statistics, threads: int = 0) -> None:
+        import onnxruntime as ort
+
+        self.name, self.found = name, found
+        path = bundle.path(bundle.stages[name].graph)
+        model = ir.load(path)
+        self._inputs: dict[str, str] = {}  # of each layer: the value that it reads
+        channels: dict[str, int] = {}
+        for layer, linear in linear_layers(model).items():
+            value = linear.node.inputs[0]
+            assert value is not None
+            self._inputs[layer] = str(value.name)
+            channels[layer] = linear.shape[0]
+            if value not in model.graph.outputs and not value.is_graph_input():
+                model.graph.outputs.append(value)
+        self._graph_inputs = {str(value.name) for value in model.graph.inputs}
+        for layer, size in channels.items():
+            found.layers.setdefault((name, layer), LayerInput(size))
+        self._groups = _groups(channels)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
+        self._session = ort.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._only_needed = ort.RunOptions()
+        self._only_needed.only_execute_path_to_fetches = True
+
+    def look(self, inputs: Mapping[str, Array]) -> None:
+        """Add what the layers see in a call with these inputs."""
+        for group in self._groups:
+            names = sorted({self._inputs[layer] for layer in group} - self._graph_inputs)
+            values = dict(inputs)
+            if names:
+                outputs = self._session.run(names, dict(inputs), self._only_needed)
+                values |= dict(zip(names, outputs, strict=True))
+            for layer in group:
+                self.found.layers[self.name, layer].add(values[self._inputs[layer]])
+
+
+def _groups(channels: Mapping[str, int]) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for layer, width in channels.items():
+        if size and size + width > GROUP_CHANNELS:
+            groups.append([])
+            size = 0
+        groups[-1].append(layer)
+        size += width
+    return groups
+
+
+class _Sample:
+    """The AR steps of a run that are looked at: one of each part of every frame, drawn from the seed."""
+
+    def __init__(self, request: Request, bundle: Bundle, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        steps = len(set_sizes(bundle.config.num_tokens, request.num_inference_steps))
+        ends = np.linspace(0, steps, min(STEPS_PER_FRAME, steps) + 1).round().astype(int)
+        self._chosen: list[Collection[int]] = [
+            {int(rng.integers(a, b)) for a, b in pairwise(ends)} for _ in range(request.max_latent_length)
+        ]
+        self._frame = self._step = -1
+
+    def __call__(self, stage: str) -> bool:
+        """Whether to look at this call. Calls come in the order of a run."""
+        if stage == "temporal_encoder":
+            self._frame, self._step = self._frame + 1, -1
+        elif stage == "spatial_encoder":
+            self._step += 1
+            return self._step in self._chosen[self._frame]
+        return True
+
+
+class _Observed:
+    """A stage that an observer looks at."""
+
+    def __init__(self, runner: Runner, observer: Observer | None, chosen: Callable[[str], bool]) -> None:
+        self.runner, self.observer, self.chosen = runner, observer, chosen
+        self.stage = runner.stage
+
+    def __enter__(self) -> _Observed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass  # the stages' owner closes them
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if self.observer is not None and self.chosen(self.stage.name):
+            self.observer.look(inputs)
+        return self.runner.run(inputs)

@@ -1,0 +1,149 @@
+"""Stages in integers: made from the float32 bundle of the same checkpoint, judged by its runs.
+
+Random inputs would say nothing here: the ranges of 8 bits are those of real runs, and so is the gate.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from calibration import default_prompts
+from calibration.collect import calibrate
+from calibration.ranges import best_range, smoothing
+from calibration.statistics import LayerInput, Statistics
+from nova_export.bundle import Bundle
+from nova_export.errors import ExportError, InputError, UsageError
+from nova_export.evaluation.difference import Difference
+from nova_export.evaluation.lockstep import Lockstep
+from nova_export.export.passes.quantize import Floats, InputFormat, WeightFormat, linear_layers, quantize
+from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
+from nova_export.runtime.runner import OrtRunner, Runner
+from nova_export.targets import LEAST_CHANNELS, Precision, Target
+
+CALIBRATION_PROMPTS, CALIBRATION_SEED = 16, 10_000
+GATE_PROMPTS, GATE_SEED = 2, 20_000
+ALL_STEPS = 255  # of an integer of 8 bits
+
+
+@dataclass(frozen=True)
+class FloatSource:
+    """The float32 bundle, and what its layers see, where a precision needs to know."""
+
+    bundle: Bundle
+    statistics: Statistics | None
+
+    @classmethod
+    def open(cls, folder: Path, calibration: Path | None, wanted: bool, kept: Path) -> FloatSource:
+        """wanted: whether statistics are; from the file `calibration`, else by calibrating, kept in `kept`.
+
+        Raises InputError for a calibration of another checkpoint.
+        """
+        bundle = Bundle.open(folder)
+        if not wanted:
+            return cls(bundle, None)
+        if calibration is None:
+            prompts = default_prompts(bundle.config, CALIBRATION_PROMPTS)
+            with _own_prompts():
+                return cls(bundle, calibrate(bundle, prompts, CALIBRATION_SEED, kept))
+        statistics = Statistics.load(calibration)
+        if statistics.source != bundle.source["parts"]:
+            raise InputError(f"{calibration}: is of another checkpoint; `nova-export calibrate` makes one")
+        if statistics.done < len(statistics.prompts):
+            raise InputError(
+                f"{calibration}: was stopped at prompt {statistics.done} of {len(statistics.prompts)}; "
+                "run the same `nova-export calibrate` again, which goes on from there"
+            )
+        return cls(bundle, statistics)
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of `Request`: those of the calibration, which may be shorter than a user's runs."""
+        length = {"max_latent_length": self.bundle.config.video_length}
+        return self.statistics.arguments if self.statistics else length
+
+
+def quantize_stage(
+    source: FloatSource,
+    name: str,
+    graph: Path,
+    precision: Precision,
+    target: Target,
+    float_layers: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write a stage's graph with its linear layers in integers; what the manifest keeps of how.
+
+    float_layers: patterns of the names of layers that stay in float. Raises ExportError where the calibration
+    knows nothing of a layer, and UsageError where a pattern has none.
+    """
+    model = ir.load(source.bundle.path(source.bundle.stages[name].graph))
+    assert precision.weights is not None
+    seen = source.statistics.stage(name) if source.statistics else {}
+    weights: dict[str, WeightFormat] = {}
+    inputs: dict[str, InputFormat] = {}
+    methods: dict[str, str] = {}
+    layers = linear_layers(model)
+    for pattern in float_layers:
+        if not fnmatch.filter(layers, pattern):
+            raise UsageError(f"stage {name} has no layer {pattern!r}; it has {', '.join(sorted(layers))}")
+    for layer, linear in layers.items():
+        if min(linear.shape) < LEAST_CHANNELS or any(fnmatch.fnmatch(layer, each) for each in float_layers):
+            continue
+        weights[layer] = WeightFormat(precision.weights, precision.block)
+        if precision.inputs:
+            if layer not in seen:
+                raise ExportError(f"stage {name}: the calibration has no layer {layer}; calibrate again")
+            inputs[layer], methods[layer] = input_format(seen[layer], linear.matrix(), target.signed_inputs)
+    quantize(model, weights, inputs)
+    ir.save(model, graph, external_data=f"{graph.name}.data")
+    return {"layers": len(weights), "input_ranges": methods}
+
+
+def input_format(seen: LayerInput, weight: Floats, signed: bool) -> tuple[InputFormat, str]:
+    """The format of a layer's input, and the method that gave its range. weight (inputs, outputs)."""
+    best, factors = best_range(seen, symmetric=signed), None
+    if smoothed := smoothing(seen, weight, best, symmetric=signed):
+        factors, best = smoothed
+    zero = 0 if signed else round(-best.low / best.step)
+    return InputFormat(best.step, min(max(zero, 0), ALL_STEPS), signed, factors), best.method
+
+
+def compare_on_runs(source: FloatSource, graphs: Mapping[str, Path]) -> dict[str, dict[str, Difference]]:
+    """By stage and output: how far these graphs are from float32, on the inputs of its runs."""
+    bundle = source.bundle
+    tokenizer = bundle_tokenizer(bundle)
+    with ExitStack() as stack:
+        runners = StageRunners(bundle)
+        stack.callback(runners.close)
+        tested = {
+            name: stack.enter_context(OrtRunner(bundle.stages[name].spec, path))
+            for name, path in graphs.items()
+        }
+        lockstep = Lockstep(runners, tested.__getitem__)
+
+        def stage(name: str) -> Runner:
+            return lockstep(name) if name in tested else runners(name)
+
+        pipeline = Pipeline(bundle.config, stage, tokenizer)
+        with _own_prompts():
+            for index, prompt in enumerate(default_prompts(bundle.config, GATE_PROMPTS)):
+                pipeline(prompt, **{**source.arguments, "seed": GATE_SEED + index})
+    found: dict[str, dict[str, Difference]] = {name: {} for name in graphs}
+    for (name, tensor), difference in lockstep.tensors.items():
+        found[name][tensor] = difference
+    return found
+
+
+@contextmanager
+def _own_prompts() -> Iterator[None]:
+    """That a prompt is cut is no news to a user who did not give it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
