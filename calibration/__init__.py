@@ -21,4 +21,4 @@ def default_prompts(config: NovaConfig, count: int) -> list[str | int]:
         check_source(config, "")
     except InputError:
         return [*prompts()[:count]]
-    return [item.prompt for item in prompt_list()][:count]
+    return [item.prompt for item in prompt_list()[:count]]

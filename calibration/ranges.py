@@ -46,8 +46,8 @@ def candidates(seen: LayerInput, symmetric: bool) -> Iterator[Range]:
         below = np.cumsum(seen.counts) / total
         for percentile in PERCENTILES:
             cut = 1 - percentile / 100
-            low = seen.centres[np.searchsorted(below, cut)]
-            high = seen.centres[min(np.searchsorted(below, 1 - cut), len(below) - 1)]
+            first, last = np.searchsorted(below, (cut, 1 - cut)).clip(max=len(below) - 1)
+            low, high = seen.centres[first], seen.centres[last]
             ends.append((f"percentile {percentile}", max(low, seen.low), min(high, seen.high)))
         ends += [("mse", seen.low * part, seen.high * part) for part in SHRINKS[1:]]
     for method, low, high in ends:

@@ -20,6 +20,8 @@ from nova_export.errors import InputError, OutputError
 
 BINS = 2048  # from -limit to limit
 FORMAT = 1
+NUMBERS = ("channels", "limit", "low", "high", "rows")  # of a LayerInput, as saved
+ARRAYS = ("counts", "largest", "squares")
 
 Place = tuple[str, str]  # stage, layer
 
@@ -65,7 +67,7 @@ class LayerInput:
         self.limit *= 2
 
     @property
-    def centres(self) -> NDArray[np.float64]:
+    def centres(self) -> NDArray[np.floating[Any]]:
         """The middle of every bin: (BINS,)."""
         width = 2 * self.limit / BINS
         return (np.arange(BINS) + 0.5) * width - self.limit
@@ -97,14 +99,12 @@ class Statistics:
             **self._origin(),
             "done": self.done,
             "layers": [
-                [*place, each.channels, each.limit, each.low, each.high, each.rows]
-                for place, each in self.layers.items()
+                [*place, *(getattr(each, name) for name in NUMBERS)] for place, each in self.layers.items()
             ],
         }
         arrays: dict[str, NDArray[Any]] = {"head": np.array(json.dumps(head))}
         for index, each in enumerate(self.layers.values()):
-            arrays |= {f"counts{index}": each.counts, f"largest{index}": each.largest}
-            arrays[f"squares{index}"] = each.squares
+            arrays |= {f"{name}{index}": getattr(each, name) for name in ARRAYS}
         partial = path.with_name(f".{path.name}.partial.npz")
         try:
             np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
@@ -123,7 +123,8 @@ class Statistics:
                     raise InputError(f"{path}: has format {head['format']!r}; calibrate again")
                 layers = {
                     (stage, layer): LayerInput(
-                        *numbers, file[f"counts{i}"], file[f"largest{i}"], file[f"squares{i}"]
+                        **dict(zip(NUMBERS, numbers, strict=True)),
+                        **{name: file[f"{name}{i}"] for name in ARRAYS},
                     )
                     for i, (stage, layer, *numbers) in enumerate(head["layers"])
                 }

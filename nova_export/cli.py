@@ -26,6 +26,7 @@ from nova_export.cli_options import (
     quiet_option,
     threads_option,
 )
+from nova_export.cli_sensitivity import sensitivity
 from nova_export.cli_verify import verify
 from nova_export.errors import BundleError, NovaExportError, UsageError
 
@@ -47,7 +48,7 @@ def cli() -> None:
 @click.option("--target", default="cpu", show_default=True, help="What the bundle runs on.")
 @click.option(
     "--precision",
-    help="Of weights and arithmetic: fp32 (the default), fp16, bf16, int8, int8-weights or int4-weights.",
+    help="fp32 (the default), fp16, bf16, int8, int8-weights, int4-weights or auto: the fastest that passes.",
 )
 @click.option("--recipe", help="Precisions by stage and layer: cpu, small, or a .toml file.")
 @click.option(
@@ -302,6 +303,7 @@ def _size(text: str) -> tuple[str, int]:
 
 cli.add_command(calibrate)
 cli.add_command(evaluate)
+cli.add_command(sensitivity)
 cli.add_command(verify)
 
 

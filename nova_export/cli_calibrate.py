@@ -11,11 +11,11 @@ import click
 from nova_export.bundle import Bundle
 from nova_export.cli_options import (
     chosen_prompts,
+    counting,
     exporter,
     generation_options,
     json_option,
     prompts_option,
-    prompts_progress,
     quiet_option,
     resumable,
     threads_option,
@@ -69,7 +69,7 @@ def calibrate(
     opened = Bundle.open(bundle)
     arguments = {name: value for name, value in arguments.items() if value is not None}
     chosen = chosen_prompts(opened.config, prompts, count or COUNT)
-    with resumable("prompts"), prompts_progress("calibration", len(chosen), quiet) as show:
+    with resumable("prompts"), counting("calibration", len(chosen), quiet) as show:
         found = collect.calibrate(opened, chosen, seed, out, show, threads, **arguments)
     summary = {"out": str(out), "prompts": found.done, "layers": len(found.layers)}
     click.echo(json.dumps(summary) if as_json else out)

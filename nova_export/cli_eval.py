@@ -11,12 +11,12 @@ import click
 
 from nova_export.cli_options import (
     bundle_or_demo,
+    counting,
     exporter,
     generation_options,
     is_bundle,
     json_option,
     low_memory_option,
-    prompts_progress,
     quiet_option,
     resumable,
     threads_option,
@@ -89,7 +89,7 @@ def evaluate(
     if prompts is not None and out is not None:
         tasks = read_tasks(prompts, out, samples)
         pipe = load(bundle, threads=threads, low_memory=low_memory)
-        with resumable("files"), prompts_progress("samples", len(tasks), quiet) as report:
+        with resumable("files"), counting("samples", len(tasks), quiet) as report:
             written = write_samples(pipe, tasks, report=report, **arguments)
         click.echo(json.dumps({"out": str(out), **vars(written)}) if as_json else out)
         if not quiet and not as_json:
@@ -106,7 +106,7 @@ def evaluate(
         check_source(source.config, name)
     items, made = prompt_list()[:count], []
     for name, source in sources:
-        with prompts_progress(name, len(items), quiet) as report:
+        with counting(name, len(items), quiet) as report:
             made.append((name, samples_of(source, items, report=report, **arguments)))
     if sheet is not None:
         save_contact_sheet(sheet, made[0][1])

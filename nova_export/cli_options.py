@@ -140,14 +140,16 @@ def bundle_or_demo(bundle: Path | None, quiet: bool) -> Path:
 
 
 @contextmanager
-def prompts_progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[float], object]]:
-    """A bar on stderr over prompts; where that is no terminal, a line now and then."""
+def counting(
+    label: str, total: int, quiet: bool, unit: str = "prompts"
+) -> Iterator[Callable[[float], object]]:
+    """A bar on stderr over things that are done in parts; where that is no terminal, a line now and then."""
     from tqdm import tqdm
 
     from nova_export.progress import LINE_SECONDS
 
     pause = 0.1 if sys.stderr.isatty() else LINE_SECONDS
-    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} prompts [{elapsed}<{remaining}]"
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} " + unit + " [{elapsed}<{remaining}]"
     with tqdm(total=total, desc=label, disable=quiet, bar_format=form, mininterval=pause, delay=pause) as bar:
         yield lambda done: bar.update(done - bar.n)
 

@@ -12,13 +12,13 @@ import click
 from nova_export.bundle import Bundle
 from nova_export.cli_options import (
     chosen_prompts,
+    counting,
     exporter,
     generation_options,
     is_bundle,
     json_option,
     low_memory_option,
     prompts_option,
-    prompts_progress,
     quiet_option,
     threads_option,
 )
@@ -86,7 +86,7 @@ def verify(
         tested = bundle_side(Bundle.open(bundle), threads, low_memory, stack)
         reference = other_side(against, threads, low_memory, stack)
         chosen = chosen_prompts(tested.config, prompts, count or COUNT)
-        show = stack.enter_context(prompts_progress("prompts", len(chosen), quiet))
+        show = stack.enter_context(counting("prompts", len(chosen), quiet))
         found = compare(reference, tested, chosen, seed, show, **arguments)
     if report is not None:
         write_report(report, found)

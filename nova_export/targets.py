@@ -32,7 +32,7 @@ class Precision:
     linear layers are stored, with a scale for every `block` input channels or, without, every output channel.
     inputs: whether the inputs of these layers are in 8 bits too. stages: those that it is for; others stay in
     fp32. least_snr: the gate, in dB against float32, that every output of every stage must pass, or the stage
-    is not written.
+    is not written. fastest_of: names of precisions; a stage gets the fastest of them that passes its gate.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Precision:
     inputs: bool = False
     stages: tuple[str, ...] | None = None
     least_snr: float | None = None
+    fastest_of: tuple[str, ...] = ()
 
     def is_for(self, stage: str) -> bool:
         return self.stages is None or stage in self.stages
@@ -50,15 +51,16 @@ class Precision:
 TARGETS = (Target("cpu", opset=23, kernels=("float32", "float16")),)
 ENCODERS = ("text_encoder", "temporal_encoder", "spatial_encoder")
 # Rounding alone leaves 6 dB a bit: 66 dB with the 11 bits of float16, 48 dB with the 8 of bfloat16. The gates
-# leave room for deep stages, and none for an overflow.
+# leave room for deep stages, and none for an overflow. Stages in 8 bits have 30 to 45 dB, in 4 bits 20.
 FP32 = Precision("fp32")
 PRECISIONS = (
     FP32,
     Precision("fp16", half="float16", least_snr=45.0),
     Precision("bf16", half="bfloat16", least_snr=28.0),
-    Precision("int8", weights="int8", inputs=True, stages=ENCODERS, least_snr=15.0),
-    Precision("int8-weights", weights="int8", block=64, stages=ENCODERS, least_snr=25.0),
+    Precision("int8", weights="int8", inputs=True, stages=ENCODERS, least_snr=20.0),
+    Precision("int8-weights", weights="int8", block=64, stages=ENCODERS, least_snr=20.0),
     Precision("int4-weights", weights="int4", block=32, stages=("text_encoder",), least_snr=15.0),
+    Precision("auto", fastest_of=("fp32", "fp16", "int8", "int8-weights")),
 )
 # Of linear layers in integers: at least so many input and output channels. Smaller ones gain nothing.
 LEAST_CHANNELS = 64
@@ -81,6 +83,11 @@ def find(presets: tuple[Preset, ...], name: str) -> Preset:
             return preset
     kind = type(presets[0]).__name__.lower()
     raise UsageError(f"{kind} {name!r} is unknown; there is {', '.join(p.name for p in presets)}")
+
+
+def contained(precision: Precision) -> list[Precision]:
+    """The precision itself, or those that it takes the fastest of."""
+    return [find(PRECISIONS, name) for name in precision.fastest_of] or [precision]
 
 
 def float_inputs(stage: Stage) -> frozenset[str]:

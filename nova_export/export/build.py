@@ -12,9 +12,11 @@ import gc
 import hashlib
 import json
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +31,7 @@ from nova_export.errors import BundleError, CheckpointError, ExportError, UsageE
 from nova_export.export.onnx_export import export_onnx
 from nova_export.export.precision import change_precision, check_gate, judge
 from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage
+from nova_export.export.speed import median_seconds
 from nova_export.export.verify import check_cases, reference_cases
 from nova_export.export.work_folder import (
     adopt,
@@ -43,7 +46,7 @@ from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
-from nova_export.targets import FP32, PRECISIONS, TARGETS, Precision, Target, find
+from nova_export.targets import FP32, PRECISIONS, TARGETS, Precision, Target, contained, find
 from reference_model.checkpoint import Weights, check_weights, load_module
 from reference_model.tokenizer import read_tokenizer
 
@@ -163,14 +166,15 @@ def _float_paths(out: Path) -> tuple[Path, Path]:
 
 def _float_source(job: Job, out: Path, calibration: str | Path | None, report: Report) -> FloatSource | None:
     """What stages in integers are made from; None where there are none."""
-    if not any(precision.weights for precision in job.precisions.values()):
+    wanted = [each for precision in job.precisions.values() for each in contained(precision)]
+    if not any(precision.weights for precision in wanted):
         return None
     bundle, kept = _float_paths(out)
     build_bundle(job.checkpoint, bundle, target=job.target.name, verify=job.verify, force=True, report=report)
-    wanted = any(precision.inputs for precision in job.precisions.values())
-    if wanted and calibration is None:
+    inputs = any(precision.inputs for precision in wanted)
+    if inputs and calibration is None:
         report("calibration", "running the loops")
-    return FloatSource.open(bundle, None if calibration is None else Path(calibration), wanted, kept)
+    return FloatSource.open(bundle, None if calibration is None else Path(calibration), inputs, kept)
 
 
 def _check_checkpoint(job: Job, specs: dict[str, Stage]) -> None:
@@ -199,7 +203,7 @@ def _finished_or_built(
 
     folders: the first is where it is built, all are where it may be already.
     """
-    work, precision = folders[0], job.precisions[spec.name]
+    work = folders[0]
     key = _stage_key(job, spec, part, source)
     for folder in folders:
         record = read_record(folder, spec.name)
@@ -212,14 +216,43 @@ def _finished_or_built(
             report(spec.name, "reused")
             break
     else:
-        built = (
-            _quantize_stage(job, spec, work, source, report)
-            if source and precision.weights
-            else _build_stage(job, spec, work, report)
-        )
-        record = {**built, "key": key}
+        record = {**_built(job, spec, work, source, report), "key": key}
     write_json(work / f"{spec.name}.json", record)
     return record
+
+
+def _built(job: Job, spec: Stage, work: Path, source: FloatSource | None, report: Report) -> dict[str, Any]:
+    precision = job.precisions[spec.name]
+    if source and precision.fastest_of:
+        return _fastest_stage(job, spec, work, source, report)
+    if source and precision.weights:
+        return _quantize_stage(job, spec, work, source, report)
+    return _build_stage(job, spec, work, report)
+
+
+def _fastest_stage(job: Job, spec: Stage, work: Path, source: FloatSource, report: Report) -> dict[str, Any]:
+    """The stage in the fastest of several precisions that pass their gates, timed here, side by side."""
+    whole = source.bundle.folder
+    records, refused = {FP32.name: read_record(whole, spec.name)}, {}
+    folders = {FP32.name: whole}
+    with ExitStack() as stack:
+        for precision in contained(job.precisions[spec.name]):
+            if precision == FP32 or not precision.is_for(spec.name):
+                continue
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work.parent, prefix=".")))
+            one = replace(job, precisions={spec.name: precision}, named=frozenset({spec.name}))
+            try:
+                records[precision.name] = _built(one, spec, folder, source, report)
+                folders[precision.name] = folder
+            except ExportError as error:
+                refused[precision.name] = str(error)
+        report(spec.name, "timing")
+        graph = f"{spec.name}.onnx"
+        seconds = median_seconds(spec, job.config, {name: folder / graph for name, folder in folders.items()})
+        best = min(seconds, key=lambda name: seconds[name])
+        record = records[best]
+        assert record is not None and adopt(record, folders[best], work)
+    return {**record, "auto": {"seconds": seconds, "refused": refused}}
 
 
 def _quantize_stage(job: Job, spec: Stage, work: Path, source: FloatSource, report: Report) -> dict[str, Any]:
@@ -237,7 +270,7 @@ def _quantize_stage(job: Job, spec: Stage, work: Path, source: FloatSource, repo
     if verdict.lost:
         if spec.name in job.named:
             raise ExportError(f"stage {spec.name}: {verdict.lost}")
-        report(spec.name, f"stays in fp32: {verdict.lost}")
+        warnings.warn(f"stage {spec.name} stays in fp32: {verdict.lost}", stacklevel=2)
         record = read_record(source.bundle.folder, spec.name)
         assert record is not None and adopt(record, source.bundle.folder, work)
         return {**record, "refused": {"precision": precision.name, **verdict.to_dict()}}
@@ -302,7 +335,7 @@ def _return_memory() -> None:
 
 def _stage_key(job: Job, spec: Stage, part: str, source: FloatSource | None) -> str:
     precision = job.precisions[spec.name]
-    facts = [
+    facts: list[Any] = [
         spec.to_dict(),
         job.config.to_dict(),
         part,
@@ -311,9 +344,9 @@ def _stage_key(job: Job, spec: Stage, part: str, source: FloatSource | None) -> 
         job.tools,
         job.code,
     ]
-    if precision.weights:
+    if precision.weights or precision.fastest_of:
         facts.append(job.float_layers.get(spec.name))
-    if precision.inputs and source and source.statistics:
+    if source and source.statistics and any(each.inputs for each in contained(precision)):
         facts.append(source.statistics.digest())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -23,7 +23,14 @@ from nova_export.bundle import Bundle
 from nova_export.errors import ExportError, InputError, UsageError
 from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.lockstep import Lockstep
-from nova_export.export.passes.quantize import Floats, InputFormat, WeightFormat, linear_layers, quantize
+from nova_export.export.passes.quantize import (
+    Floats,
+    InputFormat,
+    Linear,
+    WeightFormat,
+    linear_layers,
+    quantize,
+)
 from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
 from nova_export.runtime.runner import OrtRunner, Runner
 from nova_export.targets import LEAST_CHANNELS, Precision, Target
@@ -89,12 +96,12 @@ def quantize_stage(
     weights: dict[str, WeightFormat] = {}
     inputs: dict[str, InputFormat] = {}
     methods: dict[str, str] = {}
-    layers = linear_layers(model)
+    layers = quantized_layers(model)
     for pattern in float_layers:
         if not fnmatch.filter(layers, pattern):
             raise UsageError(f"stage {name} has no layer {pattern!r}; it has {', '.join(sorted(layers))}")
     for layer, linear in layers.items():
-        if min(linear.shape) < LEAST_CHANNELS or any(fnmatch.fnmatch(layer, each) for each in float_layers):
+        if any(fnmatch.fnmatchcase(layer, each) for each in float_layers):
             continue
         weights[layer] = WeightFormat(precision.weights, precision.block)
         if precision.inputs:
@@ -104,6 +111,13 @@ def quantize_stage(
     quantize(model, weights, inputs)
     ir.save(model, graph, external_data=f"{graph.name}.data")
     return {"layers": len(weights), "input_ranges": methods}
+
+
+def quantized_layers(model: ir.Model) -> dict[str, Linear]:
+    """The linear layers that integers are for, by name."""
+    return {
+        name: linear for name, linear in linear_layers(model).items() if min(linear.shape) >= LEAST_CHANNELS
+    }
 
 
 def input_format(seen: LayerInput, weight: Floats, signed: bool) -> tuple[InputFormat, str]:

@@ -20,7 +20,8 @@ ir = pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")
 
 from calibration.collect import calibrate  # noqa: E402
-from nova_export.export import quantization  # noqa: E402
+from calibration.statistics import Statistics  # noqa: E402
+from nova_export.export import build, quantization, sensitivity  # noqa: E402
 from nova_export.export.build import build_bundle  # noqa: E402
 from nova_export.export.onnx_export import export_onnx  # noqa: E402
 from nova_export.export.passes.quantize import (  # noqa: E402
@@ -30,6 +31,7 @@ from nova_export.export.passes.quantize import (  # noqa: E402
     quantize,
 )
 from nova_export.export.quantization import FloatSource, quantize_stage  # noqa: E402
+from nova_export.export.sensitivity import rank_layers  # noqa: E402
 from nova_export.spec import Axis, Stage, Tensor  # noqa: E402
 from nova_export.targets import ENCODERS, PRECISIONS, TARGETS, find  # noqa: E402
 
@@ -238,16 +240,12 @@ def test_and_elsewhere_the_stage_stays_in_fp32(
     calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "input_format", worse)
-    told: list[tuple[str, str]] = []
-    out = build_bundle(
-        CHECKPOINT, tmp_path / "b", precision="int8", calibration=calibration,
-        report=lambda *args: told.append(args),
-    )  # fmt: skip
+    with pytest.warns(UserWarning, match="stage spatial_encoder stays in fp32: z is not good enough in int8"):
+        out = build_bundle(CHECKPOINT, tmp_path / "b", precision="int8", calibration=calibration)
     assert {entry.precision for entry in Bundle.open(out).stages.values()} == {"fp32"}
     refused = json.loads((out / "manifest.json").read_text())["stages"]["spatial_encoder"]["refused"]
     assert refused["precision"] == "int8" and refused["tensor"] == "z"
     assert refused["snr_db"] < find(PRECISIONS, "int8").least_snr
-    assert any(stage == "spatial_encoder" and "stays in fp32: z" in action for stage, action in told)
 
 
 def test_a_calibration_of_another_checkpoint(
@@ -272,3 +270,62 @@ def test_layers_that_a_recipe_keeps(golden_bundle: Callable[[str], Path], tmp_pa
     assert layers() - layers("*.fc2") == blocks
     with pytest.raises(UsageError, match=r"no layer '\*\.fc3'; it has .*image_encoder\.blocks\.0\.mlp\.fc1"):
         layers("*.fc3")
+
+
+def test_the_ranking_finds_the_layer_that_costs_the_most(
+    golden_bundle: Callable[[str], Path], calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer's input is cut to a tenth of its range. A ranking that is stopped goes on."""
+    bad = "image_encoder.blocks.1.mlp.fc1"
+
+    def one_worse(seen: Any, weight: Any, signed: bool) -> tuple[InputFormat, str]:
+        format, method = input_format(seen, weight, signed)
+        if seen is source.statistics.stage("spatial_encoder")[bad]:
+            format = InputFormat(format.scale / 10, format.zero, format.signed, format.smooth)
+        return format, method
+
+    input_format = quantization.input_format
+    monkeypatch.setattr(quantization, "input_format", one_worse)
+    source = FloatSource.open(golden_bundle("t2i"), calibration, True, tmp_path / "unused")
+    assert source.statistics is not None
+    out, int8, ranked = tmp_path / "ranking.json", find(PRECISIONS, "int8"), []
+
+    def stop(done: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rank_layers(source, "spatial_encoder", int8, TARGETS[0], out, stop)
+    changed = quantization.quantize_stage
+    monkeypatch.setattr(sensitivity, "quantize_stage", lambda *args: (ranked.append(args), changed(*args))[1])
+    found = rank_layers(source, "spatial_encoder", int8, TARGETS[0], out)
+    assert found.costliest[0] == bad and found.without[bad] > found.snr + 3
+    assert len(ranked) == len(found.without) + 1 - 4  # all of them, and before: none, and three layers
+    with pytest.raises(InputError, match="holds no ranking of this"):
+        rank_layers(source, "temporal_encoder", int8, TARGETS[0], out)
+
+
+def test_auto_takes_the_fastest_that_passes(
+    calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are given here: int8 is the fastest, but of the spatial encoder, where it does not pass."""
+    seconds = {"fp32": 3.0, "fp16": 2.0, "int8-weights": 1.5, "int8": 1.0}
+    monkeypatch.setattr(
+        build, "median_seconds", lambda spec, config, graphs: {name: seconds[name] for name in graphs}
+    )
+    input_format = quantization.input_format
+    source = Statistics.load(calibration)
+    spatial = [(each.low, each.high) for each in source.stage("spatial_encoder").values()]
+    monkeypatch.setattr(
+        quantization,
+        "input_format",
+        lambda seen, *rest: (worse if (seen.low, seen.high) in spatial else input_format)(seen, *rest),
+    )
+    out = build_bundle(CHECKPOINT, tmp_path / "b", precision="auto", calibration=calibration)
+    made = json.loads((out / "manifest.json").read_text())["stages"]
+    assert made["temporal_encoder"]["precision"] == "int8" and made["vae_decoder"]["precision"] == "fp16"
+    assert made["spatial_encoder"]["precision"] in ("fp16", "int8-weights")
+    auto = made["spatial_encoder"]["auto"]
+    assert "int8" not in auto["seconds"] and "z is not good enough in int8" in auto["refused"]["int8"]
+    Bundle.open(out).check_all()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -55,7 +55,7 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """Input and output channels."""
-        rows, columns = (int(size) for size in self._tensor.shape)
+        rows, columns = self._tensor.shape.numpy()
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> Floats:
