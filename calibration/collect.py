@@ -20,6 +20,7 @@ from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
 from nova_export.errors import InputError
 from nova_export.export.passes.quantize import linear_layers
+from nova_export.export.watch import session_with
 from nova_export.runtime.generate import Step
 from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
 from nova_export.runtime.request import Request
@@ -100,28 +101,18 @@ class Observer:
         self.name, self.found = name, found
         path = bundle.path(bundle.stages[name].graph)
         model = ir.load(path)
-        self._inputs: dict[str, str] = {}  # of each layer: the value that it reads
+        read: dict[str, ir.Value] = {}
         channels: dict[str, int] = {}
         for layer, linear in linear_layers(model).items():
             value = linear.node.inputs[0]
             assert value is not None
-            self._inputs[layer] = str(value.name)
-            channels[layer] = linear.shape[0]
-            if value not in model.graph.outputs and not value.is_graph_input():
-                model.graph.outputs.append(value)
+            read[layer], channels[layer] = value, linear.shape[0]
+            found.layers.setdefault((name, layer), LayerInput(channels[layer]))
+        self._inputs = {layer: str(value.name) for layer, value in read.items()}
         self._graph_inputs = {str(value.name) for value in model.graph.inputs}
-        for layer, size in channels.items():
-            found.layers.setdefault((name, layer), LayerInput(size))
         self._groups = _groups(channels)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent)
-        )
-        self._session = ort.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        inner = dict.fromkeys(value for value in read.values() if not value.is_graph_input())
+        self._session = session_with(model, path.parent, inner, threads)
         self._only_needed = ort.RunOptions()
         self._only_needed.only_execute_path_to_fetches = True
 

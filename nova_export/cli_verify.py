@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from nova_export.cli_options import (
     quiet_option,
     threads_option,
 )
+from nova_export.errors import UsageError
 
 if TYPE_CHECKING:
     from nova_export.evaluation.verification import Side
@@ -52,6 +54,9 @@ COUNT = 4  # prompts, unless told
 )
 @generation_options(without=DECIDED)
 @click.option(
+    "--layers", is_flag=True, help="Also compare what every layer gives; both must be bundles. Takes memory."
+)
+@click.option(
     "--report", type=click.Path(path_type=Path), help="Also write a page with plots and pictures here."
 )
 @threads_option
@@ -64,6 +69,7 @@ def verify(
     prompts: Path | None,
     count: int | None,
     seed: int,
+    layers: bool,
     report: Path | None,
     threads: int,
     low_memory: bool,
@@ -85,6 +91,8 @@ def verify(
     with ExitStack() as stack:
         tested = bundle_side(Bundle.open(bundle), threads, low_memory, stack)
         reference = other_side(against, threads, low_memory, stack)
+        if layers:
+            tested, reference = watched_sides(tested, reference, bundle, against, threads)
         chosen = chosen_prompts(tested.config, prompts, count or COUNT)
         show = stack.enter_context(counting("prompts", len(chosen), quiet))
         found = compare(reference, tested, chosen, seed, show, **arguments)
@@ -101,6 +109,20 @@ def bundle_side(bundle: Bundle, threads: int, low_memory: bool, stack: ExitStack
     runners = StageRunners(bundle, threads, low_memory)
     stack.callback(runners.close)
     return Side(str(bundle.folder), bundle.config, runners, bundle_tokenizer(bundle))
+
+
+def watched_sides(
+    tested: Side, reference: Side, bundle: Path, against: Path, threads: int
+) -> tuple[Side, Side]:
+    """Both with the results of their layers. Raises UsageError where one is a checkpoint."""
+    if not is_bundle(against):
+        raise UsageError(f"--layers compares graphs, and {against} is a checkpoint; build it in fp32 first")
+    stages = exporter("nova_export.export.watch").WatchedStages
+    first, second = Bundle.open(bundle), Bundle.open(against)
+    return (
+        replace(tested, stage=stages(first, second, threads)),
+        replace(reference, stage=stages(second, first, threads)),
+    )
 
 
 def other_side(path: Path, threads: int, low_memory: bool, stack: ExitStack) -> Side:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -214,4 +216,35 @@ def test_wrong_uses_of_verify(golden_bundle: Callable[[str], Path], tmp_path: Pa
         nova_export("verify", bundle, "--against", bundle, "--prompts", tmp_path / "none", "-q"),
         5,
         "cannot be read",
+    )
+
+
+def test_layers_say_where_in_a_stage_it_arose(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its third block's first layer is spoiled in one of two equal bundles: nothing before it differs."""
+    ir = pytest.importorskip("onnx_ir")
+    whole, spoiled = golden_bundle("t2i"), tmp_path / "spoiled"
+    shutil.copytree(whole, spoiled)
+    graph = spoiled / "spatial_encoder.onnx"
+    model = ir.load(graph)
+    layer = "image_encoder.blocks.2.mlp.fc1"
+    bias = model.graph.initializers[f"{layer}.bias"]
+    bias.const_value = ir.Tensor(bias.const_value.numpy() + 0.5, name=bias.name)
+    ir.save(model, graph)
+    manifest = json.loads((spoiled / "manifest.json").read_text())
+    content = graph.read_bytes()
+    manifest["files"][graph.name] = {
+        "size": len(content), "sha256": hashlib.sha256(content).hexdigest()
+    }  # fmt: skip
+    (spoiled / "manifest.json").write_text(json.dumps(manifest))
+    options = ("--layers", "--count", "1", "-q", "--json", "--max-latent-length", "1")
+    steps = ("--num-inference-steps", "4", "--num-diffusion-steps", "2")
+    result = nova_export("verify", spoiled, "--against", whole, *options, *steps)
+    assert result.code == 0, result.err
+    tensors = json.loads(result.out)["tensors"]
+    found = {each["tensor"]: each["snr_db"] for each in tensors if each["stage"] == "spatial_encoder"}
+    norms = [f"layer_norm_{i}" if i else "layer_norm" for i in range(6)]  # two a block
+    assert [found[name] is None for name in norms] == [True] * 5 + [False]
+    assert found["z"] < 60
+    only_error(
+        nova_export("verify", spoiled, "--against", GOLDEN / "t2i" / "checkpoint", *options), 2, "--layers"
     )

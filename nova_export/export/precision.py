@@ -19,6 +19,7 @@ from nova_export.evaluation.difference import HALF_MAX, Difference
 from nova_export.export.passes.half import to_half
 from nova_export.export.passes.widen import widen
 from nova_export.export.verify import Case
+from nova_export.export.watch import session_with
 from nova_export.runtime.runner import Runner
 from nova_export.spec import Stage
 from nova_export.targets import Precision, Target, float_inputs
@@ -121,24 +122,15 @@ def _too_large(model: ir.Model, graph: Path, limit: float, cases: list[Case]) ->
 
 def _ranges(model: ir.Model, graph: Path, cases: list[Case]) -> dict[str, float]:
     """Largest magnitude of every float value of the main graph, inputs too, over all cases."""
-    import onnxruntime as ort
-
     values = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
-    own = len(model.graph.outputs)
-    model.graph.outputs.extend(value for value in values if not value.is_graph_output())
-    names = [str(value.name) for value in model.graph.outputs]
+    session = session_with(model, graph.parent, values)
+    names = [output.name for output in session.get_outputs()]
     ranges: dict[str, float] = {}
-    with tempfile.NamedTemporaryFile(dir=graph.parent, suffix=".onnx") as file:
-        ir.save(model, file.name)  # its weights stay in the graph's own file beside it
-        del model.graph.outputs[own:]
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        session = ort.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
-        for _, inputs, _ in cases:
-            arrays = dict(zip(names, session.run(names, dict(inputs)), strict=True)) | dict(inputs)
-            for name, array in arrays.items():
-                if array.dtype == np.float32:
-                    ranges[name] = max(ranges.get(name, 0.0), float(np.abs(array).max(initial=0)))
+    for _, inputs, _ in cases:
+        arrays = dict(zip(names, session.run(names, dict(inputs)), strict=True)) | dict(inputs)
+        for name, array in arrays.items():
+            if array.dtype == np.float32:
+                ranges[name] = max(ranges.get(name, 0.0), float(np.abs(array).max(initial=0)))
     return ranges
 
 

@@ -1,0 +1,93 @@
+"""Values inside a graph, seen from outside: sessions with more outputs, and stages that give them too."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import onnx_ir as ir
+
+from nova_export.bundle import Bundle
+from nova_export.runtime.runner import Array
+from nova_export.spec import Stage
+
+# What the blocks of a stage are seen by: the results of its layers.
+OPERATORS = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Softmax"})
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
+def session_with(model: ir.Model, folder: Path, values: Iterable[ir.Value], threads: int = 0) -> Any:
+    """An ONNX Runtime session of a model with these values as outputs too; the model is left as it was.
+
+    folder: where its weights are.
+    """
+    import onnxruntime as ort
+
+    outputs = model.graph.outputs
+    own = len(outputs)
+    outputs.extend(value for value in values if not value.is_graph_output())
+    try:
+        data = ir.to_proto(model).SerializeToString()
+    finally:
+        del outputs[own:]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def layer_values(model: ir.Model) -> dict[str, ir.Value]:
+    """Results of layers in the main graph, by name."""
+    return {
+        str(value.name): value
+        for node in model.graph
+        if node.op_type in OPERATORS
+        for value in node.outputs
+        if value.name and (value.dtype is None or value.dtype in FLOATS)
+    }
+
+
+class WatchedStages:
+    """Stages of a bundle that give results of their layers too: those that `other` has by the same name.
+
+    Every stage is loaded whole, and nothing is written in place: for looking, not for speed.
+    """
+
+    def __init__(self, bundle: Bundle, other: Bundle, threads: int = 0) -> None:
+        self.bundle, self.other, self.threads = bundle, other, threads
+        self._open: dict[str, _Watched] = {}
+
+    def __call__(self, name: str) -> _Watched:
+        if name not in self._open:
+            self.bundle.check_stage(name)
+            entry, there = self.bundle.stages[name], self.other.stages[name]
+            path = self.bundle.path(entry.graph)
+            model = ir.load(path)
+            shared = layer_values(ir.load(self.other.path(there.graph))).keys()
+            values = {n: value for n, value in layer_values(model).items() if n in shared}
+            session = session_with(model, path.parent, values.values(), self.threads)
+            self._open[name] = _Watched(entry.spec, session, values)
+        return self._open[name]
+
+
+class _Watched:
+    """A stage with more outputs than its spec has."""
+
+    def __init__(self, stage: Stage, session: Any, names: Collection[str]) -> None:
+        self.stage, self._session = stage, session
+        self._names = list(dict.fromkeys([*(tensor.name for tensor in stage.outputs), *names]))
+
+    def __enter__(self) -> _Watched:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.stage.bind(inputs)
+        return dict(zip(self._names, self._session.run(self._names, dict(inputs)), strict=True))
