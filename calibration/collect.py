@@ -68,7 +68,10 @@ def calibrate(
             )
         found = earlier
     runners = StageRunners(bundle, threads)
-    observers = {name: Observer(bundle, name, found, threads) for name in STAGES if name in bundle.stages}
+    names = [name for name in STAGES if name in bundle.stages]
+    for name in names:
+        bundle.check_stage(name)
+    observers = {name: Observer(bundle, name, found, threads) for name in names}
     try:
         for index in range(found.done, len(prompts)):
             request = Request(prompt=prompts[index], **{**arguments, "seed": seed + index})
