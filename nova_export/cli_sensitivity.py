@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from nova_export.bundle import Bundle
 from nova_export.cli_options import counting, exporter, json_option, quiet_option, resumable
 from nova_export.errors import UsageError
 from nova_export.targets import PRECISIONS, TARGETS, find
@@ -46,7 +47,9 @@ def sensitivity(
             f"--calibration FILE is missing: {precision} needs what `nova-export calibrate` writes"
         )
     quantization = exporter("nova_export.export.quantization")
-    source = quantization.FloatSource.open(bundle, calibration, preset.inputs, out)
+    opened = Bundle.open(bundle)
+    statistics = calibration and quantization.load_calibration(calibration, opened.source["parts"])
+    source = quantization.FloatSource(opened, statistics)
     ranking = exporter("nova_export.export.sensitivity")
     layers = len(ranking.layer_names(source, stage))
     with resumable("layers"), counting("ranking", layers, quiet, "layers") as show:

@@ -25,12 +25,18 @@ from typing import Any
 from torch import nn
 
 import nova_export
+from calibration.statistics import Statistics
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, sha256
 from nova_export.config import NovaConfig
 from nova_export.errors import BundleError, CheckpointError, ExportError, UsageError
 from nova_export.export.onnx_export import export_onnx
 from nova_export.export.precision import change_precision, check_gate, judge
-from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage
+from nova_export.export.quantization import (
+    FloatSource,
+    compare_on_runs,
+    load_calibration,
+    quantize_stage,
+)
 from nova_export.export.speed import median_seconds
 from nova_export.export.verify import check_cases, reference_cases
 from nova_export.export.work_folder import (
@@ -116,8 +122,9 @@ def build_bundle(
     sources = {
         part: fingerprint(checkpoint / part) for part in sorted({spec.part for spec in specs.values()})
     }
+    statistics = load_calibration(Path(calibration), sources) if calibration else None
     with work_folder(out) as work:
-        source = _float_source(job, out, calibration, report)
+        source = _float_source(job, out, statistics, report)
         folders = [work, out, *([source.bundle.folder] if source else [])]
         records = {
             name: _finished_or_built(job, spec, sources[spec.part], folders, source, report)
@@ -164,7 +171,7 @@ def _float_paths(out: Path) -> tuple[Path, Path]:
     return out.parent / f".{out.name}.fp32", out.parent / f".{out.name}.calibration.npz"
 
 
-def _float_source(job: Job, out: Path, calibration: str | Path | None, report: Report) -> FloatSource | None:
+def _float_source(job: Job, out: Path, statistics: Statistics | None, report: Report) -> FloatSource | None:
     """What stages in integers are made from; None where there are none."""
     wanted = [each for precision in job.precisions.values() for each in contained(precision)]
     if not any(precision.weights for precision in wanted):
@@ -172,9 +179,9 @@ def _float_source(job: Job, out: Path, calibration: str | Path | None, report: R
     bundle, kept = _float_paths(out)
     build_bundle(job.checkpoint, bundle, target=job.target.name, verify=job.verify, force=True, report=report)
     inputs = any(precision.inputs for precision in wanted)
-    if inputs and calibration is None:
+    if inputs and statistics is None:
         report("calibration", "running the loops")
-    return FloatSource.open(bundle, None if calibration is None else Path(calibration), inputs, kept)
+    return FloatSource.open(bundle, statistics, inputs, kept)
 
 
 def _check_checkpoint(job: Job, specs: dict[str, Stage]) -> None:

@@ -48,33 +48,33 @@ class FloatSource:
     statistics: Statistics | None
 
     @classmethod
-    def open(cls, folder: Path, calibration: Path | None, wanted: bool, kept: Path) -> FloatSource:
-        """wanted: whether statistics are; from the file `calibration`, else by calibrating, kept in `kept`.
-
-        Raises InputError for a calibration of another checkpoint.
-        """
+    def open(cls, folder: Path, statistics: Statistics | None, wanted: bool, kept: Path) -> FloatSource:
+        """wanted: whether statistics are; if there are none, by calibrating, kept in `kept`."""
         bundle = Bundle.open(folder)
-        if not wanted:
-            return cls(bundle, None)
-        if calibration is None:
-            prompts = default_prompts(bundle.config, CALIBRATION_PROMPTS)
-            with _own_prompts():
-                return cls(bundle, calibrate(bundle, prompts, CALIBRATION_SEED, kept))
-        statistics = Statistics.load(calibration)
-        if statistics.source != bundle.source["parts"]:
-            raise InputError(f"{calibration}: is of another checkpoint; `nova-export calibrate` makes one")
-        if statistics.done < len(statistics.prompts):
-            raise InputError(
-                f"{calibration}: was stopped at prompt {statistics.done} of {len(statistics.prompts)}; "
-                "run the same `nova-export calibrate` again, which goes on from there"
-            )
-        return cls(bundle, statistics)
+        if not wanted or statistics:
+            return cls(bundle, statistics)
+        prompts = default_prompts(bundle.config, CALIBRATION_PROMPTS)
+        with _own_prompts():
+            return cls(bundle, calibrate(bundle, prompts, CALIBRATION_SEED, kept))
 
     @property
     def arguments(self) -> Mapping[str, Any]:
         """Of `Request`: those of the calibration, which may be shorter than a user's runs."""
         length = {"max_latent_length": self.bundle.config.video_length}
         return self.statistics.arguments if self.statistics else length
+
+
+def load_calibration(path: Path, parts: Mapping[str, str]) -> Statistics:
+    """A finished calibration of the checkpoint whose parts have these digests. Raises InputError."""
+    statistics = Statistics.load(path)
+    if statistics.source != parts:
+        raise InputError(f"{path}: is of another checkpoint; `nova-export calibrate` makes one")
+    if statistics.done < len(statistics.prompts):
+        raise InputError(
+            f"{path}: was stopped at prompt {statistics.done} of {len(statistics.prompts)}; run the same "
+            "`nova-export calibrate` again, which goes on from there"
+        )
+    return statistics
 
 
 def quantize_stage(

@@ -57,7 +57,8 @@ def work_folder(out: Path) -> Iterator[Path]:
                 _drop_unfinished(work)
             if not isinstance(error, OSError):
                 raise
-            room = "when there is room" if error.errno in NO_ROOM else "when that is mended"
+            full = error.errno in NO_ROOM or "requested and" in str(error)  # numpy's tofile has no errno
+            room = "when there is room" if full else "when that is mended"
             kept = f"; finished stages are kept in {work}" if work.exists() else ""
             raise OutputError(
                 f"{error.filename or work}: {error.strerror or error}; "
