@@ -59,6 +59,8 @@ from reference_model.tokenizer import read_tokenizer
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "numpy")
 TOKENIZER = "tokenizer.json"
 
+WORTH_IT = 0.95  # of fp32's time: what is hardly faster, or by chance, is not worth the bits
+
 Report = Callable[[str, str], object]  # stage name, what is being done to it
 
 
@@ -257,6 +259,8 @@ def _fastest_stage(job: Job, spec: Stage, work: Path, source: FloatSource, repor
         graph = f"{spec.name}.onnx"
         seconds = median_seconds(spec, job.config, {name: folder / graph for name, folder in folders.items()})
         best = min(seconds, key=lambda name: seconds[name])
+        if seconds[best] > WORTH_IT * seconds[FP32.name]:
+            best = FP32.name
         record = records[best]
         assert record is not None and adopt(record, folders[best], work)
     return {**record, "auto": {"seconds": seconds, "refused": refused}}
