@@ -8,15 +8,13 @@ Ranges come from the timed inputs themselves: this is about time. Prints JSON.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import onnx_ir as ir
 import torch
 
 from calibration.collect import Observer
@@ -24,15 +22,14 @@ from calibration.statistics import Statistics
 from nova_export.bundle import Bundle, StageEntry
 from nova_export.cli_options import name_and_value
 from nova_export.config import NovaConfig
-from nova_export.export.bench import machine
+from nova_export.export.bench import Options, Run, interleave, machine
 from nova_export.export.contenders import stage_sizes
 from nova_export.export.onnx_export import export_onnx
-from nova_export.export.passes.quantize import WeightFormat, linear_layers, quantize
-from nova_export.export.quantization import input_format
+from nova_export.export.quantization import FloatSource, quantize_stage
 from nova_export.export.verify import sample_inputs
 from nova_export.runtime.runner import OrtRunner
 from nova_export.stages import stages
-from nova_export.targets import LEAST_CHANNELS, TARGETS
+from nova_export.targets import PRECISIONS, TARGETS, find
 from reference_model.checkpoint import load_module
 
 
@@ -62,10 +59,14 @@ def main(checkpoint: Path, name: str, wanted: dict[str, str], repeats: int) -> N
                 module(**half)
 
         with OrtRunner(stage, whole) as fp32, OrtRunner(stage, graph) as int8:
-            times = _times(
-                {"fp32": lambda: fp32.run(inputs), "int8": lambda: int8.run(inputs), "torch bf16": eager},
-                repeats,
-            )
+            runs: dict[str, Run] = {
+                "fp32": lambda: fp32.run(inputs),
+                "int8": lambda: int8.run(inputs),
+                "torch bf16": eager,
+            }
+            for run in runs.values():
+                run()
+            times = interleave(runs, Options(repeats=repeats, budget=math.inf))
         data = {path.name: path.stat().st_size for path in Path(folder).glob("*.data")}
     medians = {form: statistics.median(each) for form, each in times.items()}
     result = {
@@ -85,25 +86,7 @@ def _quantize(whole: Path, graph: Path, stage: Any, config: NovaConfig, inputs: 
     bundle = Bundle(whole.parent, config, "cpu", {}, {}, {stage.name: entry}, None, {})
     found = Statistics({}, [], 0, {})
     Observer(bundle, stage.name, found).look(inputs)
-    model = ir.load(whole)
-    seen = found.stage(stage.name)
-    layers = {n: each for n, each in linear_layers(model).items() if min(each.shape) >= LEAST_CHANNELS}
-    signed = TARGETS[0].signed_inputs
-    formats = {n: input_format(seen[n], each.matrix(), signed)[0] for n, each in layers.items()}
-    quantize(model, dict.fromkeys(layers, WeightFormat("int8")), formats)
-    ir.save(model, graph, external_data=f"{graph.name}.data")
-
-
-def _times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run; the first of each is not counted."""
-    times: dict[str, list[float]] = {form: [] for form in runs}
-    for turn in range(repeats + 1):
-        for form, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if turn:
-                times[form].append(time.perf_counter() - started)
-    return times
+    quantize_stage(FloatSource(bundle, found), stage.name, graph, find(PRECISIONS, "int8"), TARGETS[0])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,17 @@ import onnx_ir as ir
 from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
 from nova_export.errors import InputError
+from nova_export.evaluation.shapes_eval import Report, call_progress
 from nova_export.export.passes.quantize import linear_layers
 from nova_export.export.watch import session_with
-from nova_export.runtime.generate import Step
 from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
 from nova_export.runtime.request import Request
-from nova_export.runtime.runner import Array, Runner
+from nova_export.runtime.runner import Array, Lent, Runner
 from nova_export.runtime.tokens import set_sizes
+from nova_export.targets import ENCODERS
 
-STAGES = ("text_encoder", "temporal_encoder", "spatial_encoder")
 STEPS_PER_FRAME = 8
 GROUP_CHANNELS = 16_384  # inputs looked at in one call: some hundred MB at full size
-
-Report = Callable[[float], object]
 
 
 def calibrate(
@@ -51,8 +48,9 @@ def calibrate(
     Raises:
         InputError: the bundle is not in float32, or `out` holds another calibration.
     """
-    for name in STAGES:
-        if name in bundle.stages and bundle.stages[name].precision != "fp32":
+    names = [name for name in ENCODERS if name in bundle.stages]
+    for name in names:
+        if bundle.stages[name].precision != "fp32":
             raise InputError(
                 f"{bundle.folder}: stage {name} is in {bundle.stages[name].precision}; calibrate the fp32 "
                 "bundle of the checkpoint"
@@ -68,7 +66,6 @@ def calibrate(
             )
         found = earlier
     runners = StageRunners(bundle, threads)
-    names = [name for name in STAGES if name in bundle.stages]
     for name in names:
         bundle.check_stage(name)
     observers = {name: Observer(bundle, name, found, threads) for name in names}
@@ -81,12 +78,11 @@ def calibrate(
                 return _Observed(runners(name), observers.get(name), chosen)
 
             pipeline = Pipeline(bundle.config, stage, bundle_tokenizer(bundle))
-
-            def told(step: Step, index: int = index) -> None:
-                frames = step.frame + (step.step + 1) / step.num_steps
-                report(index + frames / step.num_frames)
-
-            pipeline(prompts[index], callback=told, **{**arguments, "seed": seed + index})
+            pipeline(
+                prompts[index],
+                callback=call_progress(report, index, 1),
+                **{**arguments, "seed": seed + index},
+            )
             found.done = index + 1
             found.save(out)
             report(index + 1)
@@ -165,20 +161,12 @@ class _Sample:
         return True
 
 
-class _Observed:
+class _Observed(Lent):
     """A stage that an observer looks at."""
 
     def __init__(self, runner: Runner, observer: Observer | None, chosen: Callable[[str], bool]) -> None:
         self.runner, self.observer, self.chosen = runner, observer, chosen
         self.stage = runner.stage
-
-    def __enter__(self) -> _Observed:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass  # the stages' owner closes them
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if self.observer is not None and self.chosen(self.stage.name):

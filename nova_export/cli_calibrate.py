@@ -15,6 +15,7 @@ from nova_export.cli_options import (
     exporter,
     generation_options,
     json_option,
+    length_option,
     prompts_option,
     quiet_option,
     resumable,
@@ -40,11 +41,7 @@ COUNT = 16  # prompts, unless told
 @click.option(
     "--seed", type=int, default=10_000, show_default=True, help="Of the first prompt; later ones count up."
 )
-@click.option(
-    "--max-latent-length",
-    type=int,
-    help="Latent frames to generate; if not given, as many as it was trained for.",
-)
+@length_option
 @generation_options(without=("image", "num_images_per_prompt", "max_latent_length", "seed"))
 @threads_option
 @quiet_option

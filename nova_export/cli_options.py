@@ -41,6 +41,11 @@ prompts_option = click.option(
     type=click.Path(path_type=Path),
     help="Text file, a prompt a line. If not given: of ShapesEval for the demo's size, else natural ones.",
 )
+length_option = click.option(
+    "--max-latent-length",
+    type=int,
+    help="Latent frames to generate; if not given, as many as it was trained for.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 

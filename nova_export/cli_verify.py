@@ -18,6 +18,7 @@ from nova_export.cli_options import (
     generation_options,
     is_bundle,
     json_option,
+    length_option,
     low_memory_option,
     prompts_option,
     quiet_option,
@@ -47,11 +48,7 @@ COUNT = 4  # prompts, unless told
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the first prompt; later ones count up."
 )
-@click.option(
-    "--max-latent-length",
-    type=int,
-    help="Latent frames to generate; if not given, as many as it was trained for.",
-)
+@length_option
 @generation_options(without=DECIDED)
 @click.option(
     "--layers", is_flag=True, help="Also compare what every layer gives; both must be bundles. Takes memory."

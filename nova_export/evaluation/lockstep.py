@@ -8,11 +8,10 @@ both run freely. Torch-free, and nothing is kept but sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
 from nova_export.evaluation.difference import Difference
 from nova_export.runtime.generate import Floats, StageGetter, Step
-from nova_export.runtime.runner import Array, Runner
+from nova_export.runtime.runner import Array, Lent, Runner
 
 Place = tuple[int, int]  # latent frame, AR step; both from 0
 
@@ -50,21 +49,13 @@ class Lockstep:
             self.tokens.setdefault(place, Difference()).add(*outputs["denoised"])
 
 
-class _Both:
+class _Both(Lent):
     """A stage of a Lockstep."""
 
     def __init__(self, lockstep: Lockstep, name: str) -> None:
         self.lockstep, self.name = lockstep, name
         self.runner = lockstep.reference(name)
         self.stage = self.runner.stage
-
-    def __enter__(self) -> _Both:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass  # the stages' owners close them
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The reference's outputs. What a stage writes in place is compared where the reference wrote."""

@@ -28,7 +28,7 @@ from nova_export.errors import Cancelled
 from nova_export.export.contenders import Run, Subject, contenders
 from nova_export.export.peak_memory import measure
 from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
-from nova_export.runtime.runner import Array, Runner
+from nova_export.runtime.runner import Array, Lent, Runner
 from nova_export.spec import Stage
 from nova_export.tables import markdown
 from reference_model.eager import EagerPipeline
@@ -185,18 +185,12 @@ class CountingStages:
         return CountingRunner(self, self.stages(name))
 
 
-class CountingRunner:
+class CountingRunner(Lent):
     """A runner that tells its counter of every call."""
 
     def __init__(self, counter: CountingStages, runner: Runner) -> None:
         self.counter, self.runner = counter, runner
         self.stage: Stage = runner.stage
-
-    def __enter__(self) -> CountingRunner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass  # the stages' owner closes them
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.counter.count += 1

@@ -268,10 +268,7 @@ def _fastest_stage(job: Job, spec: Stage, work: Path, source: FloatSource, repor
 
 def _quantize_stage(job: Job, spec: Stage, work: Path, source: FloatSource, report: Report) -> dict[str, Any]:
     """A stage in integers, or in float32 if it is not good enough. Raises ExportError if it was named."""
-    precision, graph = job.precisions[spec.name], work / f"{spec.name}.onnx"
-    paths = [graph, graph.with_name(graph.name + ".data")]
-    for path in paths:
-        path.unlink(missing_ok=True)
+    precision, graph = job.precisions[spec.name], _fresh_graph(spec, work)
     report(spec.name, f"changing to {precision.name}")
     kept = job.float_layers.get(spec.name, ())
     changes = quantize_stage(source, spec.name, graph, precision, job.target, kept)
@@ -285,23 +282,14 @@ def _quantize_stage(job: Job, spec: Stage, work: Path, source: FloatSource, repo
         record = read_record(source.bundle.folder, spec.name)
         assert record is not None and adopt(record, source.bundle.folder, work)
         return {**record, "refused": {"precision": precision.name, **verdict.to_dict()}}
-    return {
-        "spec": spec.to_dict(),
-        "graph": graph.name,
-        "files": {path.name: file_entry(path) for path in paths},
-        "precision": precision.name,
-        "verified": verified,
-    }
+    return _record(spec, graph, precision, verified)
 
 
 def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str, Any]:
     """Export one stage into `work` and compare it with the reference. Frees its weights."""
     report(spec.name, "loading")
     module = load_module(spec, job.config, job.checkpoint)
-    graph = work / f"{spec.name}.onnx"
-    paths = [graph, graph.with_name(graph.name + ".data")]
-    for path in paths:
-        path.unlink(missing_ok=True)  # it may be a link to the file of the bundle that is being replaced
+    graph = _fresh_graph(spec, work)
     report(spec.name, "exporting")
     export_onnx(spec, module, graph)
     precision = job.precisions[spec.name]
@@ -321,10 +309,29 @@ def _build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
             verified = {**check(spec, runner, cases), **changes}
         del cases
     _return_memory()
+    return _record(spec, graph, precision, verified)
+
+
+def _fresh_graph(spec: Stage, work: Path) -> Path:
+    """Where a stage's graph goes, with nothing there: it may be a link into the bundle that is replaced."""
+    graph = work / f"{spec.name}.onnx"
+    for path in _graph_files(graph):
+        path.unlink(missing_ok=True)
+    return graph
+
+
+def _graph_files(graph: Path) -> tuple[Path, Path]:
+    return graph, graph.with_name(graph.name + ".data")
+
+
+def _record(
+    spec: Stage, graph: Path, precision: Precision, verified: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A stage's entry in the manifest, with its files."""
     return {
         "spec": spec.to_dict(),
         "graph": graph.name,
-        "files": {path.name: file_entry(path) for path in paths if path.exists()},
+        "files": {path.name: file_entry(path) for path in _graph_files(graph) if path.exists()},
         "precision": precision.name,
         "verified": verified,
     }

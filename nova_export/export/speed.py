@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from nova_export.config import NovaConfig
+from nova_export.export.bench import Options, interleave
+from nova_export.export.contenders import stage_sizes
 from nova_export.export.verify import sample_inputs
 from nova_export.runtime.runner import OrtRunner
 from nova_export.spec import Stage
 
-TURNS = 5
-ENOUGH = 20.0  # seconds: no further turn is begun
+TIMING = Options(repeats=5, budget=20.0)
 
 
 def median_seconds(stage: Stage, config: NovaConfig, graphs: Mapping[str, Path]) -> dict[str, float]:
     """Of each graph, by its name: the median of some runs, after one that is not counted."""
-    sizes = {axis.name: axis.opt for axis in stage.axes}
-    inputs = sample_inputs(stage, config, sizes, seed=0)
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+    inputs = sample_inputs(stage, config, stage_sizes(stage, {}), seed=0)
     with ExitStack() as stack:
         runners = {name: stack.enter_context(OrtRunner(stage, path)) for name, path in graphs.items()}
-        for runner in runners.values():
-            runner.run(inputs)
-        began = time.perf_counter()
-        for turn in range(TURNS):
-            if turn and time.perf_counter() - began > ENOUGH:
-                break
-            for name, runner in runners.items():
-                started = time.perf_counter()
-                runner.run(inputs)
-                times[name].append(time.perf_counter() - started)
+        runs = {name: partial(runner.run, inputs) for name, runner in runners.items()}
+        for run in runs.values():
+            run()
+        times = interleave(runs, TIMING)
     return {name: statistics.median(each) for name, each in times.items()}

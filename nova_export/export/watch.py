@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import onnx_ir as ir
 
 from nova_export.bundle import Bundle
-from nova_export.runtime.runner import Array
+from nova_export.runtime.runner import Array, Lent
 from nova_export.spec import Stage
 
 # What the blocks of a stage are seen by: the results of its layers.
@@ -73,20 +72,12 @@ class WatchedStages:
         return self._open[name]
 
 
-class _Watched:
+class _Watched(Lent):
     """A stage with more outputs than its spec has."""
 
     def __init__(self, stage: Stage, session: Any, names: Collection[str]) -> None:
         self.stage, self._session = stage, session
         self._names = list(dict.fromkeys([*(tensor.name for tensor in stage.outputs), *names]))
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.stage.bind(inputs)
