@@ -1,4 +1,6 @@
-"""Runs the loops over prompts and looks at the inputs of every linear layer, at a sample of the AR steps.
+"""Runs the loops over prompts and looks into the stages, at a sample of the AR steps.
+
+Of the linear layers of the encoders it keeps what they see, of every value of every stage how large it gets.
 
 The sample is stratified: of every frame the same number of steps, one from each equal part of them, as
 visible length and mask ratio change what layers see. Few layers are looked at in one call, so that memory
@@ -14,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
 from nova_export.errors import InputError
 from nova_export.evaluation.shapes_eval import Report, call_progress
 from nova_export.export.passes.quantize import linear_layers
-from nova_export.export.watch import session_with
+from nova_export.export.watch import Ranges, session_with
 from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
 from nova_export.runtime.request import Request
 from nova_export.runtime.runner import Array, Lent, Runner
@@ -40,7 +43,7 @@ def calibrate(
     threads: int = 0,
     **arguments: Any,
 ) -> Statistics:
-    """Statistics of a float32 bundle's linear layers, written to `out` after every prompt.
+    """Statistics of a float32 bundle's stages, written to `out` after every prompt.
 
     Goes on from `out` where it was stopped. Prompt i has seed + i. arguments: of `Request`. report: told how
     many prompts are done, in parts.
@@ -48,8 +51,7 @@ def calibrate(
     Raises:
         InputError: the bundle is not in float32, or `out` holds another calibration.
     """
-    names = [name for name in ENCODERS if name in bundle.stages]
-    for name in names:
+    for name in bundle.stages:
         if bundle.stages[name].precision != "fp32":
             raise InputError(
                 f"{bundle.folder}: stage {name} is in {bundle.stages[name].precision}; calibrate the fp32 "
@@ -66,16 +68,14 @@ def calibrate(
             )
         found = earlier
     runners = StageRunners(bundle, threads)
-    for name in names:
-        bundle.check_stage(name)
-    observers = {name: Observer(bundle, name, found, threads) for name in names}
+    observers = Observers(bundle, found, threads)
     try:
         for index in range(found.done, len(prompts)):
             request = Request(prompt=prompts[index], **{**arguments, "seed": seed + index})
             chosen = _Sample(request, bundle, seed + index)
 
             def stage(name: str, chosen: _Sample = chosen) -> Runner:
-                return _Observed(runners(name), observers.get(name), chosen)
+                return _Observed(runners(name), observers, chosen)
 
             pipeline = Pipeline(bundle.config, stage, bundle_tokenizer(bundle))
             pipeline(
@@ -91,15 +91,40 @@ def calibrate(
     return found
 
 
-class Observer:
+class Observers:
+    """What looks into the stages of a bundle, opened as they are called, and adds to the statistics."""
+
+    def __init__(self, bundle: Bundle, found: Statistics, threads: int = 0) -> None:
+        self.bundle, self.found, self.threads = bundle, found, threads
+        self._open: dict[str, tuple[Ranges, LayerObserver | None]] = {}
+
+    def look(self, name: str, inputs: Mapping[str, Array]) -> None:
+        """Add what a call of a stage with these inputs shows."""
+        if name not in self._open:
+            self.bundle.check_stage(name)
+            path = self.bundle.path(self.bundle.stages[name].graph)
+            model = ir.load(path)
+            ShapeInferencePass()(model)  # gives every value a type; the exporter leaves some out
+            layers = None
+            if name in ENCODERS:
+                layers = LayerObserver(model, path.parent, name, self.found, self.threads)
+            self._open[name] = Ranges(model, path.parent, self.threads), layers
+        ranges, layers = self._open[name]
+        ranges.look(inputs)
+        for value, largest in ranges.largest.items():
+            place = name, value
+            self.found.largest[place] = max(self.found.largest.get(place, 0.0), largest)
+        if layers is not None:
+            layers.look(inputs)
+
+
+class LayerObserver:
     """A stage's graph with the inputs of its linear layers as outputs, added to the statistics."""
 
-    def __init__(self, bundle: Bundle, name: str, found: Statistics, threads: int = 0) -> None:
+    def __init__(self, model: ir.Model, folder: Path, name: str, found: Statistics, threads: int = 0) -> None:
         import onnxruntime as ort
 
         self.name, self.found = name, found
-        path = bundle.path(bundle.stages[name].graph)
-        model = ir.load(path)
         read: dict[str, ir.Value] = {}
         channels: dict[str, int] = {}
         for layer, linear in linear_layers(model).items():
@@ -111,7 +136,7 @@ class Observer:
         self._graph_inputs = {str(value.name) for value in model.graph.inputs}
         self._groups = _groups(channels)
         inner = dict.fromkeys(value for value in read.values() if not value.is_graph_input())
-        self._session = session_with(model, path.parent, inner, threads)
+        self._session = session_with(model, folder, inner, threads)
         self._only_needed = ort.RunOptions()
         self._only_needed.only_execute_path_to_fetches = True
 
@@ -157,18 +182,19 @@ class _Sample:
             self._frame, self._step = self._frame + 1, -1
         elif stage == "spatial_encoder":
             self._step += 1
+        if stage in ("spatial_encoder", "diffusion_head"):
             return self._step in self._chosen[self._frame]
         return True
 
 
 class _Observed(Lent):
-    """A stage that an observer looks at."""
+    """A stage that observers look at."""
 
-    def __init__(self, runner: Runner, observer: Observer | None, chosen: Callable[[str], bool]) -> None:
-        self.runner, self.observer, self.chosen = runner, observer, chosen
+    def __init__(self, runner: Runner, observers: Observers, chosen: Callable[[str], bool]) -> None:
+        self.runner, self.observers, self.chosen = runner, observers, chosen
         self.stage = runner.stage
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if self.observer is not None and self.chosen(self.stage.name):
-            self.observer.look(inputs)
+        if self.chosen(self.stage.name):
+            self.observers.look(self.stage.name, inputs)
         return self.runner.run(inputs)

@@ -1,4 +1,5 @@
-"""What is kept of a layer's input over a calibration: a histogram, and two numbers a channel. Numpy alone.
+"""What is kept of a calibration: of a layer's input a histogram and two numbers a channel, of every other
+value its largest magnitude. Numpy alone.
 
 Memory does not grow with what is added. Statistics are saved as .npz, without pickle.
 """
@@ -19,11 +20,11 @@ from numpy.typing import NDArray
 from nova_export.errors import InputError, OutputError
 
 BINS = 2048  # from -limit to limit
-FORMAT = 1
+FORMAT = 2
 NUMBERS = ("channels", "limit", "low", "high", "rows")  # of a LayerInput, as saved
 ARRAYS = ("counts", "largest", "squares")
 
-Place = tuple[str, str]  # stage, layer
+Place = tuple[str, str]  # stage, and a layer or a value in it
 
 
 @dataclass
@@ -75,10 +76,10 @@ class LayerInput:
 
 @dataclass
 class Statistics:
-    """Inputs of the linear layers of a checkpoint's stages, and what they come from.
+    """What was seen in the stages of a checkpoint, and what it comes from.
 
     source: digests of the parts of the checkpoint. arguments: of `Request`, as the loops ran. done: how many
-    of the prompts.
+    of the prompts. layers: inputs of linear layers. largest: the largest magnitude of every float value.
     """
 
     source: Mapping[str, str]
@@ -87,10 +88,15 @@ class Statistics:
     arguments: Mapping[str, Any]
     done: int = 0
     layers: dict[Place, LayerInput] = field(default_factory=dict)
+    largest: dict[Place, float] = field(default_factory=dict)
 
-    def stage(self, name: str) -> dict[str, LayerInput]:
+    def layers_of(self, stage: str) -> dict[str, LayerInput]:
         """The layers of one stage."""
-        return {layer: found for (stage, layer), found in self.layers.items() if stage == name}
+        return {layer: found for (name, layer), found in self.layers.items() if name == stage}
+
+    def largest_of(self, stage: str) -> dict[str, float]:
+        """The largest magnitudes in one stage."""
+        return {value: largest for (name, value), largest in self.largest.items() if name == stage}
 
     def save(self, path: Path) -> None:
         """Write `path`, whole or not at all. Raises OutputError."""
@@ -101,6 +107,7 @@ class Statistics:
             "layers": [
                 [*place, *(getattr(each, name) for name in NUMBERS)] for place, each in self.layers.items()
             ],
+            "largest": [[*place, number] for place, number in self.largest.items()],
         }
         arrays: dict[str, NDArray[Any]] = {"head": np.array(json.dumps(head))}
         for index, each in enumerate(self.layers.values()):
@@ -128,7 +135,9 @@ class Statistics:
                     )
                     for i, (stage, layer, *numbers) in enumerate(head["layers"])
                 }
-            return cls(head["source"], head["prompts"], head["seed"], head["arguments"], head["done"], layers)
+                largest = {(stage, value): float(number) for stage, value, number in head["largest"]}
+            origin = (head[name] for name in ("source", "prompts", "seed", "arguments", "done"))
+            return cls(*origin, layers, largest)
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{path}: holds no calibration ({error}); `nova-export calibrate` makes one"
@@ -136,7 +145,8 @@ class Statistics:
 
     def digest(self) -> str:
         """SHA-256 of all of it."""
-        digest = hashlib.sha256(json.dumps([self._origin(), self.done]).encode())
+        largest = [[*place, number] for place, number in self.largest.items()]
+        digest = hashlib.sha256(json.dumps([self._origin(), self.done, largest]).encode())
         for (stage, layer), each in self.layers.items():
             digest.update(f"{stage} {layer} {each.limit} {each.low} {each.high} {each.rows}".encode())
             for array in (each.counts, each.largest, each.squares):

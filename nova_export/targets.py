@@ -28,8 +28,9 @@ class Target:
 class Precision:
     """What the weights and the arithmetic of a stage are.
 
-    half: the number type of both, where it is not float32. weights: "int8" or "int4", how the weights of
-    linear layers are stored, with a scale for every `block` input channels or, without, every output channel.
+    half: the number type of both, where it is not float32. float_sums: whether additions of computed values,
+    the residuals, stay in float32 then. weights: "int8" or "int4", how the weights of linear layers are
+    stored, with a scale for every `block` input channels or, without, every output channel.
     inputs: whether the inputs of these layers are in 8 bits too. stages: those that it is for; others stay in
     fp32. least_snr: the gate, in dB against float32, that every output of every stage must pass, or the stage
     is not written. fastest_of: names of precisions; a stage gets the fastest of them that passes its gate.
@@ -37,6 +38,7 @@ class Precision:
 
     name: str
     half: str | None = None
+    float_sums: bool = False
     weights: str | None = None
     block: int | None = None
     inputs: bool = False
@@ -56,7 +58,7 @@ FP32 = Precision("fp32")
 PRECISIONS = (
     FP32,
     Precision("fp16", half="float16", least_snr=45.0),
-    Precision("bf16", half="bfloat16", least_snr=28.0),
+    Precision("bf16", half="bfloat16", float_sums=True, least_snr=30.0),
     Precision("int8", weights="int8", inputs=True, stages=ENCODERS, least_snr=20.0),
     Precision("int8-weights", weights="int8", block=64, stages=ENCODERS, least_snr=20.0),
     Precision("int4-weights", weights="int4", block=32, stages=("text_encoder",), least_snr=15.0),

@@ -20,7 +20,7 @@ from tests.command_line import nova_export, only_error
 pytest.importorskip("onnx_ir")
 
 from calibration import collect
-from calibration.collect import Observer, calibrate
+from calibration.collect import LayerObserver, calibrate
 
 RNG = np.random.default_rng(0)
 SHORT: dict[str, Any] = {"num_inference_steps": 6, "num_diffusion_steps": 3, "max_latent_length": 1}
@@ -55,10 +55,12 @@ def test_a_histogram_that_grew_is_that_of_the_whole() -> None:
 def test_statistics_come_back_from_their_file(tmp_path: Path) -> None:
     found = Statistics({"vae": "1"}, ["a", "b"], 3, {"guidance_scale": 2.0}, 1)
     found.layers["text", "fc1"] = seen(RNG.standard_normal((9, 5)))
+    found.largest["text", "gelu"] = math.inf
     found.save(tmp_path / "c.npz")
     again = Statistics.load(tmp_path / "c.npz")
     assert again.same_origin(found) and again.done == 1 and again.digest() == found.digest()
     np.testing.assert_array_equal(again.layers["text", "fc1"].counts, found.layers["text", "fc1"].counts)
+    assert again.largest_of("text") == {"gelu": math.inf} and again.largest_of("vae") == {}
     assert [path.name for path in tmp_path.iterdir()] == ["c.npz"]
     again.layers["text", "fc1"].add(np.ones((1, 5), np.float32))
     assert again.digest() != found.digest()
@@ -126,15 +128,17 @@ def test_calibration_sees_every_layer_on_a_sample_of_steps(
     bundle = Bundle.open(golden_bundle("t2i"))
     monkeypatch.setattr(collect, "STEPS_PER_FRAME", 3)
     calls: list[str] = []
-    look = Observer.look
-    monkeypatch.setattr(Observer, "look", lambda self, x: (calls.append(self.name), look(self, x))[1])
+    look = LayerObserver.look
+    monkeypatch.setattr(LayerObserver, "look", lambda self, x: (calls.append(self.name), look(self, x))[1])
     found = calibrate(bundle, ["a red circle"], 5, tmp_path / "c.npz", **SHORT)
     assert calls.count("spatial_encoder") == 3 and calls.count("temporal_encoder") == 1
     blocks = bundle.config.spatial.depth
-    names = set(found.stage("spatial_encoder"))
+    names = set(found.layers_of("spatial_encoder"))
     assert {f"image_encoder.blocks.{i}.mlp.fc1" for i in range(blocks)} <= names
     assert len([name for name in names if "blocks" in name or name.startswith("linear_")]) >= 4 * blocks
     assert all(layer.rows for layer in found.layers.values())
+    assert {stage for stage, _ in found.largest} == set(bundle.stages) - {"vae_encoder"}
+    assert all(0 <= largest < 1e4 for largest in found.largest.values())
 
 
 def test_a_group_of_layers_at_a_time_gives_the_same(

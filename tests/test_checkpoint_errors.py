@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from nova_export.errors import CheckpointError
 from nova_export.export import build
 from nova_export.export.build import build_bundle
+from nova_export.export.work_folder import file_entry
+from reference_model.checkpoint import load_module
 from tests.command_line import nova_export, only_error
 from tests.conftest import GOLDEN
 
@@ -254,7 +256,7 @@ def test_pickles_beside_safetensors_are_left_alone(checkpoint: Path, monkeypatch
     exploded = checkpoint / "exploded"
     for part in ("transformer", "vae", "text_encoder"):
         (checkpoint / part / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(exploded)))
-    monkeypatch.setattr(build, "_build_stage", built_nothing)
+    monkeypatch.setattr(build, "build_stage", built_nothing)
     build_bundle(checkpoint, checkpoint.parent / "bundle")
     assert not exploded.exists()
 
@@ -269,7 +271,7 @@ def test_remote_code_is_never_imported(checkpoint: Path, monkeypatch: pytest.Mon
             )
     edit("model_index.json", vae=["__vae__", "AutoencoderKL"], transformer=["modeling", "NOVA"])(checkpoint)
     edit("text_encoder/config.json", auto_map={"AutoModel": "modeling.Phi"})(checkpoint)
-    monkeypatch.setattr(build, "_build_stage", built_nothing)
+    monkeypatch.setattr(build, "build_stage", built_nothing)
     build_bundle(checkpoint, checkpoint.parent / "bundle")
     assert not exploded.exists()
 
@@ -277,16 +279,16 @@ def test_remote_code_is_never_imported(checkpoint: Path, monkeypatch: pytest.Mon
 def test_index_file_is_not_needed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part says itself what it is."""
     (checkpoint / "model_index.json").unlink()
-    monkeypatch.setattr(build, "_build_stage", built_nothing)
+    monkeypatch.setattr(build, "build_stage", built_nothing)
     build_bundle(checkpoint, checkpoint.parent / "bundle")
 
 
 def built_nothing(job: Any, spec: Any, work: Path, report: Any) -> dict[str, Any]:
     """Loads the stage's weights as a build does, and leaves an empty graph."""
-    build.load_module(spec, job.config, job.checkpoint)
+    load_module(spec, job.config, job.checkpoint)
     graph = work / f"{spec.name}.onnx"
     graph.touch()
-    entry = {graph.name: build.file_entry(graph)}
+    entry = {graph.name: file_entry(graph)}
     return {
         "spec": spec.to_dict(),
         "graph": graph.name,

@@ -15,7 +15,7 @@ import pytest
 
 from nova_export import cli, progress
 from nova_export.errors import ExportError
-from nova_export.export import build
+from nova_export.export import build_stage
 from nova_export.runtime import pipeline
 from tests.command_line import nova_export, only_error
 from tests.conftest import GOLDEN
@@ -83,7 +83,7 @@ def test_interrupted_build_keeps_finished_stages(tmp_path: Path, monkeypatch: py
     named = {f"{stage}{suffix}" for stage in kept for suffix in (".json", ".onnx", ".onnx.data")}
     assert {path.name for path in work.iterdir()} == {*named, ".lock"}
     exports = Exports()
-    monkeypatch.setattr(build, "export_onnx", exports)
+    monkeypatch.setattr(build_stage, "export_onnx", exports)
     result = nova_export("build", CHECKPOINT, "-o", out, "--no-verify")
     assert (result.code, result.out) == (0, f"{out}\n")
     assert sorted(exports.done) == sorted(set(STAGES) - set(kept))
@@ -155,7 +155,7 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_build_tells_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "export_onnx", Exports())
+    monkeypatch.setattr(build_stage, "export_onnx", Exports())
     result = nova_export("build", CHECKPOINT, "-o", tmp_path / "bundle", "--no-verify")
     assert (result.code, result.out) == (0, f"{tmp_path / 'bundle'}\n")
     assert [line.split(":")[0] for line in result.err.splitlines()] == STAGES
@@ -167,7 +167,7 @@ def test_build_tells_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_a_stage_that_failed_is_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "export_onnx", raising(ExportError("stage text_encoder: no")))
+    monkeypatch.setattr(build_stage, "export_onnx", raising(ExportError("stage text_encoder: no")))
     result = nova_export("build", CHECKPOINT, "-o", tmp_path / "bundle")
     assert result.code == 7 and "done" not in result.err
     assert result.err.splitlines()[1] == "error: stage text_encoder: no"

@@ -16,10 +16,10 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from nova_export.errors import ExportError
 from nova_export.evaluation.difference import HALF_MAX, Difference
-from nova_export.export.passes.half import to_half
+from nova_export.export.passes.half import sums, to_half
 from nova_export.export.passes.widen import widen
 from nova_export.export.verify import Case
-from nova_export.export.watch import session_with
+from nova_export.export.watch import Ranges
 from nova_export.runtime.runner import Runner
 from nova_export.spec import Stage
 from nova_export.targets import Precision, Target, float_inputs
@@ -38,30 +38,39 @@ class TooLarge:
 
 
 def change_precision(
-    stage: Stage, graph: Path, precision: Precision, target: Target, cases: list[Case]
+    stage: Stage,
+    graph: Path,
+    precision: Precision,
+    target: Target,
+    cases: list[Case],
+    seen: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Rewrite an exported float32 graph, and its weights beside it, in another precision.
 
-    cases: inputs whose values show what overflows. Returns what the manifest keeps: the values that are too
-    large for the precision, and how many nodes stay in float32.
+    What overflows is known from the values that the inputs of `cases` lead to, and from `seen`: the largest
+    magnitude of every value in a calibration. Returns what the manifest keeps: the values that are too large
+    for the precision, where that is known from, and how many nodes stay in float32. Raises ExportError where
+    the calibration lacks a value.
     """
     assert precision.half is not None
     half = TYPES[precision.half]
     model = ir.load(graph)
     ShapeInferencePass()(model)  # gives every value a type; the exporter leaves some out
-    too_large = list(_too_large(model, graph, LARGEST[precision.half] / HEADROOM, cases))
+    too_large = list(_too_large(stage, model, graph, LARGEST[precision.half] / HEADROOM, cases, seen or {}))
     names = {each.value for each in too_large}
     touching = {
         str(node.name)
         for node in model.graph.all_nodes()
         if any(value is not None and value.name in names for value in (*node.inputs, *node.outputs))
     }
-    kept = to_half(model, half, float_inputs(stage), touching)
+    in_float = touching | sums(model) if precision.float_sums else touching
+    kept = to_half(model, half, float_inputs(stage), in_float)
     if precision.half not in target.kernels:
         widen(model)
     _replace(model, graph)
     return {
         "too_large": [{"value": each.value, "largest": each.largest} for each in too_large],
+        "ranges": "calibration" if seen else "random inputs",
         "float_nodes": len(kept),
     }
 
@@ -106,8 +115,10 @@ def judge(found: Mapping[str, Difference], precision: Precision) -> Verdict:
     return Verdict(worst, difference.snr, lost and f"{worst} is not good enough in {precision.name}: {lost}")
 
 
-def _too_large(model: ir.Model, graph: Path, limit: float, cases: list[Case]) -> Iterator[TooLarge]:
-    """Weights and values of the main graph that hold larger numbers than `limit` for any of the inputs."""
+def _too_large(
+    stage: Stage, model: ir.Model, graph: Path, limit: float, cases: list[Case], seen: Mapping[str, float]
+) -> Iterator[TooLarge]:
+    """Weights, inputs and values of the main graph that hold larger numbers than `limit`."""
     if limit == math.inf:
         return
     for name, value in model.graph.initializers.items():
@@ -115,23 +126,25 @@ def _too_large(model: ir.Model, graph: Path, limit: float, cases: list[Case]) ->
             largest = float(np.abs(value.const_value.numpy()).max(initial=0))
             if largest > limit:
                 yield TooLarge(name, largest)
-    for name, largest in _ranges(model, graph, cases).items():
+    for name, largest in _ranges(stage, model, graph, cases, seen).items():
         if not largest <= limit:
             yield TooLarge(name, largest)
 
 
-def _ranges(model: ir.Model, graph: Path, cases: list[Case]) -> dict[str, float]:
-    """Largest magnitude of every float value of the main graph, inputs too, over all cases."""
-    values = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
-    session = session_with(model, graph.parent, values)
-    names = [output.name for output in session.get_outputs()]
-    ranges: dict[str, float] = {}
-    for _, inputs, _ in cases:
-        arrays = dict(zip(names, session.run(names, dict(inputs)), strict=True)) | dict(inputs)
+def _ranges(
+    stage: Stage, model: ir.Model, graph: Path, cases: list[Case], seen: Mapping[str, float]
+) -> dict[str, float]:
+    """Largest magnitude of every float value of the main graph, inputs too, over all cases and as seen."""
+    ranges = Ranges(model, graph.parent)
+    inputs: dict[str, float] = {}
+    for _, arrays, _ in cases:
+        ranges.look(arrays)
         for name, array in arrays.items():
             if array.dtype == np.float32:
-                ranges[name] = max(ranges.get(name, 0.0), float(np.abs(array).max(initial=0)))
-    return ranges
+                inputs[name] = max(inputs.get(name, 0.0), float(np.abs(array).max(initial=0)))
+    if seen and (unknown := ranges.largest.keys() - seen.keys()):
+        raise ExportError(f"stage {stage.name}: the calibration has no value {min(unknown)}; calibrate again")
+    return inputs | {name: max(value, seen.get(name, 0.0)) for name, value in ranges.largest.items()}
 
 
 def _replace(model: ir.Model, graph: Path) -> None:

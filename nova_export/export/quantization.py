@@ -92,7 +92,7 @@ def quantize_stage(
     """
     model = ir.load(source.bundle.path(source.bundle.stages[name].graph))
     assert precision.weights is not None
-    seen = source.statistics.stage(name) if source.statistics else {}
+    seen = source.statistics.layers_of(name) if source.statistics else {}
     weights: dict[str, WeightFormat] = {}
     inputs: dict[str, InputFormat] = {}
     methods: dict[str, str] = {}

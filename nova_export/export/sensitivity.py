@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,30 @@ def rank_layers(
             _write(kept, {"origin": origin, "snr_db": found})
         report(done)
     return Ranking(name, precision.name, found[""], {layer: found[layer] for layer in layers[1:]})
+
+
+def spared_layers(
+    source: FloatSource,
+    name: str,
+    precision: Precision,
+    target: Target,
+    folder: Path,
+    report: Callable[[str], object],
+) -> Iterator[list[str]]:
+    """More and more of a stage's layers to leave in float, the costliest first: 1, 2, 4, up to half of them.
+
+    folder: where the ranking is kept. report: told what is being done.
+    """
+    folder.mkdir(exist_ok=True)
+    kept = folder / f"{_origin(source, name, precision, target)}.json"
+    total = len(layer_names(source, name))
+    ranking = rank_layers(
+        source, name, precision, target, kept, lambda done: report(f"ranking layers, {done} of {total}")
+    )
+    count = 1
+    while count <= total // 2:
+        yield ranking.costliest[:count]
+        count *= 2
 
 
 def layer_names(source: FloatSource, name: str) -> list[str]:

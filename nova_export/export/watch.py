@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnx import TensorProto, helper
 
 from nova_export.bundle import Bundle
 from nova_export.runtime.runner import Array, Lent
@@ -22,8 +23,6 @@ def session_with(model: ir.Model, folder: Path, values: Iterable[ir.Value], thre
 
     folder: where its weights are.
     """
-    import onnxruntime as ort
-
     outputs = model.graph.outputs
     own = len(outputs)
     outputs.extend(value for value in values if not value.is_graph_output())
@@ -31,11 +30,48 @@ def session_with(model: ir.Model, folder: Path, values: Iterable[ir.Value], thre
         data = ir.to_proto(model).SerializeToString()
     finally:
         del outputs[own:]
+    return _session(data, folder, threads)
+
+
+class Ranges:
+    """The largest magnitude of every float value that the nodes of a model's main graph make, run by run.
+
+    Each is reduced to its two ends inside the graph: no value comes out, and memory stays that of a run. NaN
+    is passed over.
+    """
+
+    def __init__(self, model: ir.Model, folder: Path, threads: int = 0) -> None:
+        """folder: where the model's weights are. Every value must have a type."""
+        self.largest = {
+            str(value.name): 0.0
+            for node in model.graph
+            for value in node.outputs
+            if value.dtype == ir.DataType.FLOAT
+        }
+        graph = (proto := ir.to_proto(model)).graph
+        del graph.output[:]
+        for value in self.largest:
+            for operator in ("ReduceMax", "ReduceMin"):
+                end = f"{operator}/{value}"
+                graph.node.append(helper.make_node(operator, [value], [end], keepdims=0))
+                graph.output.append(helper.make_tensor_value_info(end, TensorProto.FLOAT, []))
+        self._session = _session(proto.SerializeToString(), folder, threads)
+
+    def look(self, inputs: Mapping[str, Array]) -> None:
+        """Add what a run with these inputs gives."""
+        ends = iter(self._session.run(None, dict(inputs)))
+        for value, top, bottom in zip(self.largest, ends, ends, strict=True):  # -inf, inf if it is empty
+            self.largest[value] = max(self.largest[value], float(top), -float(bottom))
+
+
+def _session(model: bytes, folder: Path, threads: int) -> Any:
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def layer_values(model: ir.Model) -> dict[str, ir.Value]:

@@ -33,6 +33,7 @@ class Phase:
 
     muon: whether Muon trains the matrices of the blocks; AdamW trains the rest, with steps as large.
     most_snr: signal to noise ratio of the diffusion loss from which on noise levels weigh less.
+    cross_weight: how much more often than others a sample with a cross is drawn, the hardest outline.
     """
 
     frames: int
@@ -42,6 +43,7 @@ class Phase:
     only: str = ""
     muon: bool = False
     most_snr: float = math.inf
+    cross_weight: float = 1.0
 
 
 class Trainer:

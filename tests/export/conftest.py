@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nova_export.export import build
+from nova_export.export import build_stage
 from tests.conftest import GOLDEN
 from tests.export.builds import Exports
 
@@ -15,7 +15,7 @@ from tests.export.builds import Exports
 @pytest.fixture
 def exports(monkeypatch: pytest.MonkeyPatch) -> Exports:
     fake = Exports()
-    monkeypatch.setattr(build, "export_onnx", fake)
+    monkeypatch.setattr(build_stage, "export_onnx", fake)
     monkeypatch.setattr("gc.collect", lambda: 0)  # a quarter of a second each time
     return fake
 

@@ -18,7 +18,7 @@ import pytest
 
 from nova_export.bundle import MANIFEST, Bundle
 from nova_export.errors import ExportError, OutputError, UsageError
-from nova_export.export import build
+from nova_export.export import build, build_stage
 from tests.export.builds import (
     STAGES,
     Exports,
@@ -49,9 +49,9 @@ def test_a_bundle_and_nothing_else(checkpoint: Path, out: Path, exports: Exports
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from nova_export.export import build
+from nova_export.export import build, build_stage
 from tests.export.builds import Exports
-fake = build.export_onnx = Exports()
+fake = build_stage.export_onnx = Exports()
 fake.stop["temporal_encoder"] = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 build.build_bundle(sys.argv[1], sys.argv[2], verify=False)
 """
@@ -195,7 +195,7 @@ def test_real_exports_are_reproducible_and_verified(
 def test_verifying_catches_a_graph_with_another_weight(
     checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, by: float
 ) -> None:
-    real = build.export_onnx
+    real = build_stage.export_onnx
 
     def broken(spec: Any, module: Any, path: Path) -> None:
         weight = module.text_embed.norm.bias
@@ -205,7 +205,7 @@ def test_verifying_catches_a_graph_with_another_weight(
         weight.copy_(kept)
 
     only(monkeypatch, "condition")
-    monkeypatch.setattr(build, "export_onnx", broken)
+    monkeypatch.setattr(build_stage, "export_onnx", broken)
     with pytest.raises(
         ExportError, match="stage condition: condition differs from the reference by"
     ) as caught:

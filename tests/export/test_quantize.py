@@ -22,7 +22,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from calibration.collect import calibrate  # noqa: E402
 from calibration.statistics import Statistics  # noqa: E402
-from nova_export.export import build, quantization, sensitivity  # noqa: E402
+from nova_export.export import build, build_stage, quantization, sensitivity  # noqa: E402
 from nova_export.export.build import build_bundle  # noqa: E402
 from nova_export.export.onnx_export import export_onnx  # noqa: E402
 from nova_export.export.passes.quantize import (  # noqa: E402
@@ -257,7 +257,7 @@ def test_a_calibration_of_another_checkpoint(
     calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is said before anything is built."""
-    monkeypatch.setattr(build, "_build_stage", None)
+    monkeypatch.setattr(build, "build_stage", None)
     other = GOLDEN / "t2v" / "checkpoint"
     with pytest.raises(InputError, match="another checkpoint"):
         build_bundle(other, tmp_path / "b", precision="int8", calibration=calibration)
@@ -287,7 +287,7 @@ def test_the_ranking_finds_the_layer_that_costs_the_most(
 
     def one_worse(seen: Any, weight: Any, signed: bool) -> tuple[InputFormat, str]:
         format, method = input_format(seen, weight, signed)
-        if seen is source.statistics.stage("spatial_encoder")[bad]:
+        if seen is source.statistics.layers_of("spatial_encoder")[bad]:
             format = InputFormat(format.scale / 10, format.zero, format.signed, format.smooth)
         return format, method
 
@@ -321,10 +321,10 @@ def test_auto_takes_the_fastest_that_passes(
     def timed(spec: Stage, config: Any, graphs: Any) -> dict[str, float]:
         return {n: 2.95 if n == "fp16" and spec.name == "condition" else seconds[n] for n in graphs}
 
-    monkeypatch.setattr(build, "median_seconds", timed)
+    monkeypatch.setattr(build_stage, "median_seconds", timed)
     input_format = quantization.input_format
     source = Statistics.load(calibration)
-    spatial = [(each.low, each.high) for each in source.stage("spatial_encoder").values()]
+    spatial = [(each.low, each.high) for each in source.layers_of("spatial_encoder").values()]
     monkeypatch.setattr(
         quantization,
         "input_format",
@@ -338,4 +338,28 @@ def test_auto_takes_the_fastest_that_passes(
     auto = made["spatial_encoder"]["auto"]
     assert "int8" not in auto["seconds"] and "z is not good enough in int8" in auto["refused"]["int8"]
     Bundle.open(out).check_all()
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+
+
+def test_auto_leaves_the_costliest_layers_in_float(
+    calibration: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer's input is cut to next to nothing: without that layer the stage passes."""
+    bad = Statistics.load(calibration).layers_of("spatial_encoder")["image_encoder.blocks.1.mlp.fc1"]
+    input_format = quantization.input_format
+    monkeypatch.setattr(
+        quantization,
+        "input_format",
+        lambda seen, *rest: (worse if seen.high == bad.high else input_format)(seen, *rest),
+    )
+    monkeypatch.setattr(
+        build_stage,
+        "median_seconds",
+        lambda spec, config, graphs: {n: 1.0 if n == "int8" else 2.0 for n in graphs},
+    )
+    build_bundle(CHECKPOINT, out, precision="auto", calibration=calibration)
+    entry = Bundle.open(out).stages["spatial_encoder"]
+    assert entry.precision == "int8" and entry.verified is not None
+    assert entry.verified["float_layers"] == ["image_encoder.blocks.1.mlp.fc1"]
+    assert entry.verified["snr_db"] > find(PRECISIONS, "int8").least_snr
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]

@@ -10,7 +10,7 @@ import pytest
 
 from nova_export.bundle import MANIFEST, Bundle
 from nova_export.errors import CheckpointError, ExportError, OutputError
-from nova_export.export import build
+from nova_export.export import build, build_stage
 from nova_export.export.build import fingerprint
 from tests.export.builds import (
     OF_TRANSFORMER,
@@ -98,9 +98,9 @@ def test_unverified_stages_are_not_used_by_a_verifying_build(
     checkpoint: Path, out: Path, exports: Exports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"max_abs_diff": 0.0}
-    monkeypatch.setattr(build, "OrtRunner", lambda spec, graph: nullcontext())
-    monkeypatch.setattr(build, "reference_cases", lambda *_: [])
-    monkeypatch.setattr(build, "check_cases", lambda *_: found)
+    monkeypatch.setattr(build_stage, "OrtRunner", lambda spec, graph: nullcontext())
+    monkeypatch.setattr(build_stage, "reference_cases", lambda *_: [])
+    monkeypatch.setattr(build_stage, "check_cases", lambda *_: found)
     make(checkpoint, out)
     assert reused(make(checkpoint, out, verify=True, force=True)) == []
     assert all(entry.verified == found for entry in Bundle.open(out).stages.values())

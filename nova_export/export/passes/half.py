@@ -46,6 +46,15 @@ def to_half(
     return kept
 
 
+def sums(model: ir.Model) -> set[str]:
+    """Names of the nodes that add two computed values: in a transformer, what carries its residuals."""
+    return {
+        str(node.name)
+        for node in model.graph.all_nodes()
+        if node.op_type == "Add" and not any(value is None or value.is_initializer() for value in node.inputs)
+    }
+
+
 def _convert(
     graph: ir.Graph,
     half: ir.DataType,
