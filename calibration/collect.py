@@ -21,6 +21,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
 from nova_export.errors import InputError
+from nova_export.evaluation.lockstep import Position
 from nova_export.evaluation.shapes_eval import Report, call_progress
 from nova_export.export.passes.quantize import linear_layers
 from nova_export.export.watch import Ranges, session_with
@@ -174,16 +175,13 @@ class _Sample:
         self._chosen: list[Collection[int]] = [
             {int(rng.integers(a, b)) for a, b in pairwise(ends)} for _ in range(request.max_latent_length)
         ]
-        self._frame = self._step = -1
+        self._position = Position()
 
     def __call__(self, stage: str) -> bool:
         """Whether to look at this call. Calls come in the order of a run."""
-        if stage == "temporal_encoder":
-            self._frame, self._step = self._frame + 1, -1
-        elif stage == "spatial_encoder":
-            self._step += 1
+        self._position.call(stage)
         if stage in ("spatial_encoder", "diffusion_head"):
-            return self._step in self._chosen[self._frame]
+            return self._position.step in self._chosen[self._position.frame]
         return True
 
 

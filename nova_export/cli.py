@@ -57,7 +57,7 @@ def cli() -> None:
 )  # fmt: skip
 @click.option(
     "--calibration", type=click.Path(path_type=Path),
-    help="What `nova-export calibrate` wrote, for int8; without it the build calibrates by itself.",
+    help="What `nova-export calibrate` wrote, for int8, which calibrates by itself without it, and fp16.",
 )  # fmt: skip
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")

@@ -57,10 +57,11 @@ def calibrate(
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    """Run the fp32 BUNDLE over prompts and write what its linear layers see, for `build --calibration`.
+    """Run the fp32 BUNDLE over prompts and write what its layers see, for `build --calibration`.
 
     `build --precision int8` does this by itself, with whole runs; on a large checkpoint without a GPU that
-    takes hours, and fewer prompts, frames or steps do. Needs the `export` extra.
+    takes hours, and fewer prompts, frames or steps do. For fp16 it tells what overflows in real runs. Needs
+    the `export` extra.
     """
     collect = exporter("calibration.collect")
     opened = Bundle.open(bundle)

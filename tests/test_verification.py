@@ -19,13 +19,17 @@ import pytest
 from PIL import Image
 
 from nova_export.bundle import Bundle
+from nova_export.config import NovaConfig
+from nova_export.demo import demo_checkpoint
 from nova_export.errors import InputError
 from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.html_report import write_report
-from nova_export.evaluation.verification import Pair, Side, Verification, verify
+from nova_export.evaluation.shapes_eval import TOTAL, Rate, Score
+from nova_export.evaluation.verification import Pair, Side, Verification, scores, verify
 from nova_export.runtime.pipeline import StageRunners, bundle_tokenizer
 from nova_export.runtime.runner import Array, Runner
 from nova_export.stages import stages
+from reference_model.demo.data import sample_clip
 from tests.command_line import nova_export, only_error
 from tests.conftest import GOLDEN
 
@@ -161,6 +165,20 @@ def test_a_bundle_is_its_checkpoint(golden_bundle: Callable[[str], Path]) -> Non
     assert found["frames"]["least_psnr"] is None or found["frames"]["least_psnr"] > 45
 
 
+def test_shapes_are_judged_on_both_sides() -> None:
+    """A side that shows its circle in another colour loses that, and nothing else."""
+    rng, config = np.random.default_rng(0), NovaConfig.from_checkpoint(demo_checkpoint())
+    clips = [sample_clip(rng, ("red", "circle", motion)) for motion in ("moving left", "growing")]
+    pairs = [Pair(clip.scene.prompt(), 0, clip.frames, clip.frames[..., [2, 1, 0]]) for clip in clips]
+    made = scores(config, pairs)
+    assert made is not None
+    reference, tested = (score.rates[TOTAL] for score in made)
+    assert reference["all"].share == 1 and tested["all"].share == 0
+    assert tested["colour"].share == 0 and tested["motion"].share == tested["shape"].share == 1
+    assert scores(config, [*pairs, Pair("a cat", 0, clips[0].frames, clips[0].frames)]) is None
+    assert scores(NovaConfig.from_checkpoint(GOLDEN / "t2v" / "checkpoint"), pairs) is None
+
+
 # The page
 
 
@@ -179,6 +197,7 @@ def test_the_page_holds_all_it_needs(tmp_path: Path) -> None:
         tokens={(0, 0): wrong, (1, 0): fine},
         drift={(0, 0): wrong, (1, 0): wrong},
         pairs=(Pair("a <i>circle</i>", 3, frames, other),),
+        scores=(Score({TOTAL: {"all": Rate(3, 4)}}), Score({TOTAL: {"all": Rate(1, 4)}})),
     )
     write_report(tmp_path / "page.html", found)
     page = (tmp_path / "page.html").read_text()
@@ -193,6 +212,8 @@ def test_the_page_holds_all_it_needs(tmp_path: Path) -> None:
     difference = np.asarray(pictures[2])
     assert set(np.unique(difference[:, : 24 * 7])) == {128}  # frame 0 is the same
     assert set(np.unique(difference[:, 24 * 7 : 2 * 24 * 7])) == {96, 160}  # four levels, eight times
+    assert re.search(r"<td>all</td><td>75.0 % .*</td><td>25.0 % ", page)
+    assert re.search(r"\| all +\| 75.0 % ", found.table())
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 HALF_MAX = 65504.0  # the largest number of float16, where overflow is cut off
 
 
+def finite(value: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return value if math.isfinite(value) else None
+
+
 @dataclass
 class Difference:
     """Sums over everything that was added. Numbers that are not finite count apart, and in no sum."""
 
     count: int = 0
     not_finite: int = 0  # in the tested tensors, where the reference is finite
-    saturated: int = (
-        0  # tested numbers at the end of float16's range or beyond, where the reference's are not
-    )
+    saturated: int = 0  # tested numbers at float16's end or beyond, where the reference's are not
     reference_power: float = 0.0
     tested_power: float = 0.0
     product: float = 0.0
@@ -33,13 +36,13 @@ class Difference:
         if reference.shape != tested.shape:
             raise ValueError(f"shapes {reference.shape} and {tested.shape} differ")
         a, b = reference.astype(np.float64).ravel(), tested.astype(np.float64).ravel()
-        finite = np.isfinite(b)
+        held = np.isfinite(b)
         self.count += a.size
-        self.not_finite += int((~finite & np.isfinite(a)).sum())
+        self.not_finite += int((~held & np.isfinite(a)).sum())
         self.saturated += int(((np.abs(b) >= HALF_MAX) & (np.abs(a) < HALF_MAX)).sum())
-        finite &= np.isfinite(a)
-        if not finite.all():
-            a, b = a[finite], b[finite]
+        held &= np.isfinite(a)
+        if not held.all():
+            a, b = a[held], b[held]
         error = b - a
         self.reference_power += float(a @ a)
         self.tested_power += float(b @ b)
@@ -68,7 +71,7 @@ class Difference:
         return {
             "count": self.count,
             "cosine": self.cosine,
-            "snr_db": self.snr if math.isfinite(self.snr) else None,
+            "snr_db": finite(self.snr),
             "max_error": self.max_error,
             "max_reference": self.max_reference,
             "not_finite": self.not_finite,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nova_export.evaluation.metrics import Frames
-from nova_export.evaluation.verification import Pair, Verification
+from nova_export.evaluation.verification import SCORE_HEAD, Pair, Verification
 from nova_export.runtime.media import write_whole
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 860, 260, 52, 34  # of a plot, and its margins, in pixels
@@ -58,6 +58,12 @@ def _page(found: Verification) -> Iterator[str]:
         [index for index, (_, step) in enumerate(places) if step == 0],
     )
     yield "<h2>Frames</h2>"
+    if found.scores:
+        yield "<p>What they show of what was asked for, by ShapesEval; in brackets the 95 % interval.</p>"
+        yield "<table><tr>" + "".join(f"<th>{head}</th>" for head in SCORE_HEAD) + "</tr>"
+        for row in found.score_rows:
+            yield "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        yield "</table>"
     yield f"<p>Reference, tested, and their difference {AMPLIFIED} times as large.</p>"
     for pair in found.pairs:
         yield from _pictures(pair)

@@ -16,6 +16,22 @@ from nova_export.runtime.runner import Array, Lent, Runner
 Place = tuple[int, int]  # latent frame, AR step; both from 0
 
 
+class Position:
+    """Where in its loops a run is, known from the stages that it calls; -1 before the first frame or step."""
+
+    def __init__(self) -> None:
+        self.frame = self.step = -1
+
+    def call(self, stage: str) -> None:
+        """A stage is called. A run begins with the condition, and a frame with the temporal encoder."""
+        if stage == "condition":
+            self.frame = self.step = -1
+        elif stage == "temporal_encoder":
+            self.frame, self.step = self.frame + 1, -1
+        elif stage == "spatial_encoder":
+            self.step += 1
+
+
 class Lockstep:
     """Stages for a Pipeline: it gets the reference's outputs, and the tested ones are compared with them.
 
@@ -26,26 +42,18 @@ class Lockstep:
         self.reference, self.tested = reference, tested
         self.tensors: dict[tuple[str, str], Difference] = {}
         self.tokens: dict[Place, Difference] = {}
-        self._frame = self._step = -1
+        self._position = Position()
 
     def __call__(self, name: str) -> Runner:
         return _Both(self, name)
 
     def compare(self, name: str, outputs: Mapping[str, tuple[Array, Array]]) -> None:
-        """Add one call's outputs: of each the reference's and the tested one.
-
-        Calls come in the order of a run, which begins with the condition.
-        """
-        if name == "condition":
-            self._frame = self._step = -1
-        elif name == "temporal_encoder":
-            self._frame, self._step = self._frame + 1, -1
-        elif name == "spatial_encoder":
-            self._step += 1
+        """Add one call's outputs: of each the reference's and the tested one."""
+        self._position.call(name)
         for tensor, pair in outputs.items():
             self.tensors.setdefault((name, tensor), Difference()).add(*pair)
         if name == "diffusion_head":
-            place = self._frame, self._step
+            place = self._position.frame, self._position.step
             self.tokens.setdefault(place, Difference()).add(*outputs["denoised"])
 
 

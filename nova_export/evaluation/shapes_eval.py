@@ -72,6 +72,13 @@ class Item:
     def prompt(self) -> str:
         return self.scene.prompt()
 
+    @classmethod
+    def of(cls, scene: Scene) -> Item:
+        """A scene in its group."""
+        if scene.motion is None:
+            return cls(scene, IMAGES)
+        return cls(scene, HELD_OUT if scene.combination in held_out() else SEEN)
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -1,8 +1,8 @@
 """Is a bundle as good as what it was made from? Stage by stage, step by step, and in the frames.
 
 Three questions, on the same prompts and seeds. On equal inputs, how far is each stage (`tensors`, `tokens`)?
-Left to itself, how far does it drift (`drift`)? And what of that is seen (`pairs`)? Torch-free: both sides
-are given as stages.
+Left to itself, how far does it drift (`drift`)? And what of that is seen: do frames differ (`pairs`), and
+does one of the two show less of what was asked for (`scores`)? Torch-free: both sides are given as stages.
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ import numpy as np
 
 from nova_export.config import NovaConfig
 from nova_export.errors import InputError
-from nova_export.evaluation.difference import Difference
+from nova_export.evaluation.difference import Difference, finite
 from nova_export.evaluation.lockstep import Lockstep, Place, Recorder
 from nova_export.evaluation.metrics import Frames, psnr, ssim
-from nova_export.evaluation.shapes_eval import Report, call_progress
+from nova_export.evaluation.scene import parse
+from nova_export.evaluation.shapes_eval import (
+    TOTAL,
+    Item,
+    Report,
+    Sample,
+    Score,
+    call_progress,
+    check_source,
+    judge,
+)
 from nova_export.runtime.generate import StageGetter
 from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.tokenizer import PromptTokenizer
 from nova_export.tables import markdown
+
+SCORE_HEAD = ("ShapesEval", "reference", "tested")
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verification:
-    """tensors: by stage and output, on equal inputs. tokens, drift: by latent frame and AR step."""
+    """tensors: by stage and output, on equal inputs. tokens, drift: by latent frame and AR step.
+
+    scores: of ShapesEval, the reference's and the tested one's; None where prompts or model are not for it.
+    """
 
     reference: str
     tested: str
@@ -64,6 +79,15 @@ class Verification:
     tokens: dict[Place, Difference]
     drift: dict[Place, Difference]
     pairs: tuple[Pair, ...]
+    scores: tuple[Score, Score] | None = None
+
+    @property
+    def score_rows(self) -> list[tuple[str, str, str]]:
+        """Of ShapesEval, by attribute: what was asked, and the share in which each side shows it."""
+        if self.scores is None:
+            return []
+        reference, tested = (score.rates[TOTAL] for score in self.scores)
+        return [(name, str(rate), str(tested[name])) for name, rate in reference.items()]
 
     @property
     def worst_first(self) -> list[tuple[tuple[str, str], Difference]]:
@@ -100,17 +124,22 @@ class Verification:
                 for frame, step in sorted(self.drift)
             ],
             "frames": {
-                "psnr": _finite(self.psnr),
-                "least_psnr": _finite(self.least_psnr),
+                "psnr": finite(self.psnr),
+                "least_psnr": finite(self.least_psnr),
                 "pairs": [
                     {
                         "prompt": pair.prompt,
                         "seed": pair.seed,
-                        "psnr": [_finite(value) for value in pair.psnr],
+                        "psnr": [finite(value) for value in pair.psnr],
                         "ssim": pair.ssim,
                     }
                     for pair in self.pairs
                 ],
+            },
+            "shapes_eval": self.scores
+            and {
+                name: score.to_dict()
+                for name, score in zip(("reference", "tested"), self.scores, strict=True)
             },
         }
 
@@ -139,6 +168,8 @@ class Verification:
                 f"{free.snr:.1f} dB left to itself"
             )
         lines.append(f"frames: PSNR {self.psnr:.1f} dB, least {self.least_psnr:.1f} dB")
+        if self.scores:
+            lines.append(markdown(SCORE_HEAD, self.score_rows))
         return "\n".join(lines)
 
 
@@ -171,7 +202,31 @@ def verify(
         made = alone(prompt, callback=_each(recorder.compare(drift), compared), **request)
         pairs.append(Pair(prompt, seed + index, expected.frames[0], made.frames[0]))
         report(index + 1)
-    return Verification(reference.name, tested.name, lockstep.tensors, lockstep.tokens, drift, tuple(pairs))
+    return Verification(
+        reference.name,
+        tested.name,
+        lockstep.tensors,
+        lockstep.tokens,
+        drift,
+        tuple(pairs),
+        scores(reference.config, pairs),
+    )
+
+
+def scores(config: NovaConfig, pairs: Sequence[Pair]) -> tuple[Score, Score] | None:
+    """ShapesEval of both sides; None for a model or a prompt of another world."""
+    try:
+        check_source(config, "")
+        items = [Item.of(parse(str(pair.prompt))) for pair in pairs]
+    except InputError:
+        return None
+
+    def score(frames: Sequence[Frames]) -> Score:
+        return Score.of(
+            [Sample(i, each, judge(i.scene, each)) for i, each in zip(items, frames, strict=True)]
+        )
+
+    return score([pair.reference for pair in pairs]), score([pair.tested for pair in pairs])
 
 
 def _each(*callbacks: Callable[[Any], object]) -> Callable[[Any], None]:
@@ -182,7 +237,3 @@ def _each(*callbacks: Callable[[Any], object]) -> Callable[[Any], None]:
             each(step)
 
     return callback
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from nova_export.errors import ExportError
-from nova_export.evaluation.difference import HALF_MAX, Difference
+from nova_export.evaluation.difference import HALF_MAX, Difference, finite
 from nova_export.export.passes.half import sums, to_half
 from nova_export.export.passes.widen import widen
 from nova_export.export.verify import Case
@@ -100,7 +100,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"tensor": self.tensor, "snr_db": self.snr if math.isfinite(self.snr) else None}
+        return {"tensor": self.tensor, "snr_db": finite(self.snr)}
 
 
 def judge(found: Mapping[str, Difference], precision: Precision) -> Verdict:
