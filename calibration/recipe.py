@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -10,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_export.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nova_export.toml_file import read_toml
 
 FOLDER = "recipes"
 
@@ -33,7 +28,7 @@ class Recipe:
         """A .toml file, or one of those that come with the package, by its name. Raises InputError."""
         path = Path(name) if name.endswith(".toml") else _folder() / f"{name}.toml"
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = read_toml(path)
         except FileNotFoundError:
             known = ", ".join(sorted(each.stem for each in _folder().glob("*.toml")))
             raise InputError(

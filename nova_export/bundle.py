@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,8 +43,27 @@ class StageEntry:
 
 
 @dataclass(frozen=True)
+class EngineEntry:
+    """A compiled stage.
+
+    made_of: what it depends on, by name, as it is or as a digest: another value, another engine. spec: the
+    stage within the engine's limits, which are tighter than the graph's. attention, bytes: as in
+    engine/compiler.py.
+    """
+
+    file: str
+    spec: Stage
+    made_of: Mapping[str, str]
+    attention: str | None
+    activation_bytes: int | None
+    weight_bytes: int | None
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `check` what you are about to use."""
+    """An opened bundle. `check` what you are about to use. engines: by target, then by stage."""
 
     folder: Path
     config: NovaConfig
@@ -54,6 +73,7 @@ class Bundle:
     stages: Mapping[str, StageEntry]
     tokenizer: str | None
     files: Mapping[str, FileEntry]
+    engines: Mapping[str, Mapping[str, EngineEntry]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -71,6 +91,10 @@ class Bundle:
                 tokenizer=data["tokenizer"],
                 files={
                     path: FileEntry(int(f["size"]), str(f["sha256"])) for path, f in data["files"].items()
+                },
+                engines={
+                    target: {name: _engine_entry(entry) for name, entry in engines.items()}
+                    for target, engines in data.get("engines", {}).items()
                 },
             )
             bundle._check_manifest()
@@ -104,6 +128,7 @@ class Bundle:
         if not self.config.is_class_conditional and not self.tokenizer:
             raise BundleError(f"{self.folder / MANIFEST}: names no tokenizer; build the bundle again")
         named = [path for stage in self.stages.values() for path in (stage.graph, *stage.files)]
+        named += [engine.file for engines in self.engines.values() for engine in engines.values()]
         for path in [*named, *([self.tokenizer] if self.tokenizer else [])]:
             if path not in self.files:
                 raise BundleError(
@@ -194,6 +219,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: has format {version!r}; this nova-export reads format {FORMAT_VERSION}: {way}"
         )
     return dict(data)
+
+
+def _engine_entry(data: Mapping[str, Any]) -> EngineEntry:
+    return EngineEntry(**{**data, "spec": Stage.from_dict(data["spec"])})
 
 
 def _stage_entry(data: Mapping[str, Any]) -> StageEntry:

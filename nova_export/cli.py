@@ -14,6 +14,7 @@ import click
 
 from nova_export import __version__
 from nova_export.cli_calibrate import calibrate
+from nova_export.cli_engines import engines as engines_command
 from nova_export.cli_eval import evaluate
 from nova_export.cli_options import (
     build_with_progress,
@@ -45,7 +46,9 @@ def cli() -> None:
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the bundle to write.")
-@click.option("--target", default="cpu", show_default=True, help="What the bundle runs on.")
+@click.option(
+    "--target", default="cpu", show_default=True, help="What the bundle runs on: cpu, rtx-40, tensorrt, …"
+)
 @click.option(
     "--precision",
     help="fp32 (the default), fp16, bf16, int8, int8-weights, int4-weights or auto: the fastest that passes.",
@@ -59,6 +62,7 @@ def cli() -> None:
     "--calibration", type=click.Path(path_type=Path),
     help="What `nova-export calibrate` wrote, for int8, which calibrates by itself without it, and fp16.",
 )  # fmt: skip
+@click.option("--engines/--no-engines", default=True, help="Compile engines too, where the target has them.")
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")
 @quiet_option
@@ -68,6 +72,7 @@ def build(
     precision: str | None,
     recipe: str | None,
     stage_precisions: dict[str, str],
+    engines: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -75,21 +80,33 @@ def build(
 
     Without CHECKPOINT it is the demo that comes with the package, and without --out its bundle goes where
     `run` looks for it. A build that was stopped goes on where it was when the same command is run again.
-    Precisions on the command line go before those of a recipe.
+    Precisions on the command line go before those of a recipe. Engines are compiled in default sizes;
+    `nova-export engines` makes them in others, and on the device itself.
     """
     from calibration.recipe import Recipe
+    from nova_export.cli_engines import engines_with_progress
     from nova_export.demo import demo_bundle_folder, demo_checkpoint, make_cache_folder
+    from nova_export.engine.flavour import flavour
+    from nova_export.targets import CPU, TARGETS, find
 
     chosen = Recipe.load(recipe) if recipe else Recipe()
     options["precision"] = precision or chosen.precision
     options["stage_precisions"] = {**chosen.stages, **stage_precisions}
     options["float_layers"] = chosen.float_layers
-    if out is None and checkpoint is not None:
-        raise UsageError(f"--out FOLDER is missing: where to write the bundle of {checkpoint}")
+    target = find(TARGETS, options["target"])
+    compiling = engines and target.runtime is not None
+    if compiling:
+        flavour(target.runtime).load()  # that it is missing is said now, not after the export
+    if out is None and (checkpoint is not None or target != CPU):
+        what = f"{checkpoint or 'the demo'} for {target.name}"
+        raise UsageError(f"--out FOLDER is missing: where to write the bundle of {what}")
     if out is None:
         out, options["force"] = demo_bundle_folder(), True
         make_cache_folder()
-    click.echo(build_with_progress(checkpoint or demo_checkpoint(), out, quiet, **options))
+    built = build_with_progress(checkpoint or demo_checkpoint(), out, quiet, **options)
+    if compiling:
+        engines_with_progress(built, target.name, quiet)
+    click.echo(built)
 
 
 @cli.command()
@@ -302,6 +319,7 @@ def _size(text: str) -> tuple[str, int]:
 
 
 cli.add_command(calibrate)
+cli.add_command(engines_command)
 cli.add_command(evaluate)
 cli.add_command(sensitivity)
 cli.add_command(verify)

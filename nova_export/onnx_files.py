@@ -1,6 +1,6 @@
-"""Which files beside itself an ONNX graph reads, found without the onnx package.
+"""Which files beside itself an ONNX graph reads, and where a node is from, found without the onnx package.
 
-Knows the few protobuf messages on the way to a tensor's external data. ONNX Runtime 1.23 reads whatever path
+Knows the few protobuf messages on the way there. ONNX Runtime 1.23 reads whatever path
 a graph names, later versions whatever lies in its folder: whoever opens a bundle must look first.
 """
 
@@ -39,6 +39,29 @@ def external_files(path: Path) -> set[str]:
         if entry.get("key") == b"location":
             locations.add(entry.get("value", b"").decode("utf-8"))
     return locations
+
+
+def module_of(path: Path, node: str) -> str | None:
+    """The name of the PyTorch module that a node of the main graph was exported from, inside its stage's own.
+
+    None where the graph does not say. Raises OSError, ValueError as `external_files`.
+    """
+    graph = _only(memoryview(path.read_bytes()), 7)
+    for number, content in _fields(graph):
+        if number != 1 or bytes(_only(content, 3)).decode() != node:
+            continue
+        for entry in (part for number, part in _fields(content) if number == 9):
+            if bytes(_only(entry, 1)) == b"namespace":
+                # ": wrapper/module: Stage/module.blocks.0: Block/.../op: aten.linear"; an op is no module
+                *modules, _ = bytes(_only(entry, 2)).decode().split("/")
+                name = modules[-1].split(":")[0].removeprefix("module") if modules else ""
+                return name.lstrip(".") or None
+    return None
+
+
+def _only(data: memoryview, wanted: int) -> memoryview:
+    """The content of a field that a message has once; empty where it has none."""
+    return next((content for number, content in _fields(data) if number == wanted), memoryview(b""))
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -6,6 +6,8 @@ image tokens, P predicted, K predicted now, T diffusion steps. Cache rows are te
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from nova_export.config import FREQUENCIES, MOTION_TOKENS, NovaConfig
 from nova_export.spec import Axis, Stage, Tensor
 
@@ -13,26 +15,41 @@ MAX_BATCH = 256  # samples in one call
 MAX_PASSES = 3  # guidance passes of one sample
 MAX_FRAMES = 1024  # latent frames of one video
 MAX_DIFFUSION_STEPS = 1000
+LEAST_CACHE = 32  # rows; TensorRT-RTX 1.7 fails on caches of at most 30 ("more than one op named ... iota")
 
 F32, I64 = "float32", "int64"
 
 
-def stages(config: NovaConfig) -> dict[str, Stage]:
+@dataclass(frozen=True)
+class Limits:
+    """The most that stages are made for: samples in one call, latent frames of one video."""
+
+    batch: int = MAX_BATCH
+    frames: int = MAX_FRAMES
+
+    @property
+    def rows(self) -> Axis:
+        """Samples times guidance passes."""
+        return Axis("rows", 1, min(2, MAX_PASSES * self.batch), MAX_PASSES * self.batch)
+
+
+def stages(config: NovaConfig, limits: Limits = Limits()) -> dict[str, Stage]:
     """Every stage of the checkpoint, in the order a run uses them."""
-    made = [_condition(config), _temporal_encoder(config), _spatial_encoder(config), _diffusion_head(config)]
+    made = [
+        _condition(config, limits),
+        _temporal_encoder(config, limits),
+        _spatial_encoder(config, limits),
+        _diffusion_head(config, limits),
+    ]
     if not config.is_class_conditional:
-        made.insert(0, _text_encoder(config))
+        made.insert(0, _text_encoder(config, limits))
     if config.is_video:
         made.append(_vae_encoder(config))
     made.append(_vae_decoder(config))
     return {stage.name: stage for stage in made}
 
 
-def _rows() -> Axis:
-    return Axis("rows", 1, 2, MAX_PASSES * MAX_BATCH)
-
-
-def _text_encoder(config: NovaConfig) -> Stage:
+def _text_encoder(config: NovaConfig, limits: Limits) -> Stage:
     """Phi's last hidden states. Causal, so tokens behind a prompt's own change nothing."""
     assert config.text_dim
     return Stage(
@@ -44,13 +61,13 @@ def _text_encoder(config: NovaConfig) -> Stage:
         inputs=(Tensor("token_ids", I64, ("prompts", "length")),),
         outputs=(Tensor("text_states", F32, ("prompts", "length", config.text_dim)),),
         axes=(
-            Axis("prompts", 1, 1, 2 * MAX_BATCH),
+            Axis("prompts", 1, 1, 2 * limits.batch),
             Axis("length", 1, min(32, config.text_len), config.text_len),
         ),
     )
 
 
-def _condition(config: NovaConfig) -> Stage:
+def _condition(config: NovaConfig, limits: Limits) -> Stage:
     """What stands before the first frame: projected text (null rows where it ends) and motion, or a class."""
     common = {"part": "transformer", "phase": "text"}
     output = Tensor("condition", F32, ("rows", config.condition_tokens, config.temporal.width))
@@ -61,7 +78,7 @@ def _condition(config: NovaConfig) -> Stage:
             prefixes=("label_embed.",),
             inputs=(Tensor("class_ids", I64, ("rows",)),),
             outputs=(output,),
-            axes=(_rows(),),
+            axes=(limits.rows,),
             **common,
         )
     inputs = [
@@ -76,12 +93,12 @@ def _condition(config: NovaConfig) -> Stage:
         prefixes=("text_embed.", "motion_embed."),
         inputs=tuple(inputs),
         outputs=(output,),
-        axes=(_rows(),),
+        axes=(limits.rows,),
         **common,
     )
 
 
-def _temporal_encoder(config: NovaConfig) -> Stage:
+def _temporal_encoder(config: NovaConfig, limits: Limits) -> Stage:
     """One frame: first frame with `text` = the condition, later ones with no text and the cache filled.
 
     The caches hold `capacity` rows, zero until written; the stage writes its own rows in place behind the
@@ -102,8 +119,8 @@ def _temporal_encoder(config: NovaConfig) -> Stage:
         inputs.append(Tensor(name, F32, ("rows", "capacity", width)))
         outputs.append(Tensor(f"new_{name}", F32, ("rows", "capacity", width), alias=name))
     least = config.condition_tokens + config.frame_tokens
-    usual = config.condition_tokens + config.base_frames * config.frame_tokens
-    most = config.condition_tokens + MAX_FRAMES * config.frame_tokens
+    usual = config.condition_tokens + min(config.base_frames, limits.frames) * config.frame_tokens
+    most = max(config.condition_tokens + limits.frames * config.frame_tokens, LEAST_CACHE)
     return Stage(
         name="temporal_encoder",
         module="reference_model.temporal:TemporalEncoder",
@@ -112,7 +129,7 @@ def _temporal_encoder(config: NovaConfig) -> Stage:
         phase="frame",
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        axes=(_rows(), Axis("text", 0, 0, config.condition_tokens), Axis("capacity", least, usual, most)),
+        axes=(limits.rows, Axis("text", 0, 0, config.condition_tokens), Axis("capacity", least, usual, most)),
     )
 
 
@@ -121,7 +138,7 @@ def cache_names(config: NovaConfig) -> list[str]:
     return [f"{kind}_cache_{layer}" for layer in range(config.temporal.depth) for kind in ("key", "value")]
 
 
-def _spatial_encoder(config: NovaConfig) -> Stage:
+def _spatial_encoder(config: NovaConfig, limits: Limits) -> Stage:
     """Both halves: from the P tokens predicted so far to what the head needs for the next K."""
     tokens = config.num_tokens
     return Stage(
@@ -137,7 +154,7 @@ def _spatial_encoder(config: NovaConfig) -> Stage:
             Tensor("next_ids", I64, ("rows", "next")),
         ),
         outputs=(Tensor("z", F32, ("rows", "next", config.spatial.width)),),
-        axes=(_rows(), Axis("predicted", 0, tokens // 2, tokens), _next_axis(config)),
+        axes=(limits.rows, Axis("predicted", 0, tokens // 2, tokens), _next_axis(config)),
     )
 
 
@@ -145,7 +162,7 @@ def _next_axis(config: NovaConfig) -> Axis:
     return Axis("next", 1, max(1, config.num_tokens // 40), config.num_tokens)
 
 
-def _diffusion_head(config: NovaConfig) -> Stage:
+def _diffusion_head(config: NovaConfig, limits: Limits) -> Stage:
     """All diffusion steps of one AR step. Per step: x' = a x + b eps + s noise, one row of `step_*` each.
 
     eps = renorm(sum over passes of guidance * eps_pass) + sum of extra_guidance * eps_pass; see
@@ -173,7 +190,7 @@ def _diffusion_head(config: NovaConfig) -> Stage:
         outputs=(Tensor("denoised", F32, ("samples", "next", config.token_dim)),),
         axes=(
             Axis("passes", 1, 2, MAX_PASSES),
-            Axis("samples", 1, 1, MAX_BATCH),
+            Axis("samples", 1, 1, limits.batch),
             _next_axis(config),
             Axis("steps", 1, 25, MAX_DIFFUSION_STEPS),
             Axis("rest", 1, 1, MAX_DIFFUSION_STEPS + 1),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
 
 from nova_export.errors import UsageError
 from nova_export.spec import Stage
+from nova_export.toml_file import read_toml
 
 
 @dataclass(frozen=True)
@@ -15,13 +18,23 @@ class Target:
     """Where a bundle runs. `opset` of its graphs; 23 has Attention, which ONNX Runtime fuses.
 
     kernels: the number types that it computes in. Others are stored, and computed in float32. signed_inputs:
-    whether 8-bit inputs of layers are signed, with their zero at 0, as TensorRT wants them.
+    whether 8-bit inputs of layers are signed, with their zero at 0, as TensorRT wants them. runtime: what
+    compiles its engines; None where the graphs themselves are run. compute_capability: of the GPU that they
+    are for; None for the one of the machine. device: the same for a person.
     """
 
     name: str
     opset: int
     kernels: tuple[str, ...]
     signed_inputs: bool = False
+    runtime: str | None = None
+    compute_capability: str | None = None
+    device: str = ""
+
+    @property
+    def graph_form(self) -> tuple[Any, ...]:
+        """What its graphs depend on: those of targets that have this in common are the same."""
+        return self.opset, self.kernels, self.signed_inputs
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Precision:
         return self.stages is None or stage in self.stages
 
 
-TARGETS = (Target("cpu", opset=23, kernels=("float32", "float16")),)
+CPU = Target("cpu", opset=23, kernels=("float32", "float16"), device="any CPU")
 ENCODERS = ("text_encoder", "temporal_encoder", "spatial_encoder")
 # Rounding alone leaves 6 dB a bit: 66 dB with the 11 bits of float16, 48 dB with the 8 of bfloat16. The gates
 # leave room for deep stages, and none for an overflow. Stages in 8 bits have 30 to 45 dB, in 4 bits 20.
@@ -74,6 +87,16 @@ FLOAT_INPUTS: Mapping[str, frozenset[str]] = {
         | {"step_renorm", "rest", "step_rest_noise"}
     ),
 }
+
+
+def _gpu_targets() -> Iterator[Target]:
+    """Those of engines/targets, a TOML file each."""
+    for path in sorted(Path(str(files("engines") / "targets")).glob("*.toml")):
+        kernels = ("float32", "float16", "bfloat16")
+        yield Target(path.stem, opset=23, kernels=kernels, signed_inputs=True, **read_toml(path))
+
+
+TARGETS = (CPU, *_gpu_targets())
 
 Preset = TypeVar("Preset", Target, Precision)
 

@@ -25,6 +25,7 @@ from nova_export.export.build_stage import Job, Report, build_stage
 from nova_export.export.quantization import FloatSource, load_calibration
 from nova_export.export.work_folder import (
     adopt,
+    adopt_engines,
     check_out,
     file_entry,
     publish,
@@ -83,6 +84,10 @@ def build_bundle(
         tools=_tool_versions(),
         code=_code_digest(),
     )
+    if job.target.runtime and any(each.fastest_of for each in job.precisions.values()):
+        raise UsageError(
+            f"auto takes what is fastest on this machine, which says nothing of {target}; name a precision"
+        )
     check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
     _check_checkpoint(job, specs)
@@ -103,6 +108,8 @@ def build_bundle(
         if tokenizer is not None:
             (work / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             files[TOKENIZER] = file_entry(work / TOKENIZER)
+        engines, engine_files = adopt_engines(out, work)
+        files |= engine_files
         manifest = {
             "format": FORMAT_VERSION,
             "nova_export": nova_export.__version__,
@@ -112,6 +119,7 @@ def build_bundle(
             "config": job.config.to_dict(),
             "tokenizer": TOKENIZER if tokenizer is not None else None,
             "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
+            "engines": engines,
             "files": files,
         }
         write_json(work / MANIFEST, manifest)

@@ -19,7 +19,7 @@ from calibration.statistics import Statistics
 from nova_export.config import NovaConfig
 from nova_export.errors import ExportError
 from nova_export.export.onnx_export import export_onnx
-from nova_export.export.precision import Verdict, change_precision, check_gate, judge
+from nova_export.export.precision import Verdict, change_precision, check_gate, judge, runnable_here
 from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage
 from nova_export.export.sensitivity import spared_layers
 from nova_export.export.speed import median_seconds
@@ -156,8 +156,10 @@ def _float_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
     if checked:
         report(spec.name, "verifying")
         check = partial(check_gate, precision=precision) if gated else check_cases
-        with OrtRunner(spec, graph) as runner:
-            verified = {**check(spec, runner, cases), **changes}
+        with tempfile.TemporaryDirectory(dir=work.parent, prefix=".") as folder:
+            here = runnable_here(graph, precision, job.target, Path(folder))
+            with OrtRunner(spec, here) as runner:
+                verified = {**check(spec, runner, cases), **changes}
         del cases
     _return_memory()
     return _record(spec, graph, precision, verified)

@@ -22,7 +22,7 @@ from nova_export.export.verify import Case
 from nova_export.export.watch import Ranges
 from nova_export.runtime.runner import Runner
 from nova_export.spec import Stage
-from nova_export.targets import Precision, Target, float_inputs
+from nova_export.targets import CPU, Precision, Target, float_inputs
 
 HEADROOM = 4.0  # values may be this much larger than those that were seen
 TYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -73,6 +73,17 @@ def change_precision(
         "ranges": "calibration" if seen else "random inputs",
         "float_nodes": len(kept),
     }
+
+
+def runnable_here(graph: Path, precision: Precision, target: Target, folder: Path) -> Path:
+    """The graph, or one in `folder` that computes the same on a CPU, which lacks kernels of the target's."""
+    if precision.half is None or precision.half in CPU.kernels or precision.half not in target.kernels:
+        return graph
+    model = ir.load(graph)
+    ShapeInferencePass()(model)
+    widen(model)
+    ir.save(model, folder / graph.name, external_data=f"{graph.name}.data")
+    return folder / graph.name
 
 
 def check_gate(stage: Stage, runner: Runner, cases: list[Case], precision: Precision) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nova_export.bundle import MANIFEST, sha256
+from nova_export.bundle import MANIFEST, is_inside, sha256
 from nova_export.errors import BundleError, OutputError, UsageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -77,22 +77,46 @@ def _drop_unfinished(work: Path) -> None:
             keep |= {record.name, *data["files"]}
     for path in work.iterdir():
         if path.name not in keep:
-            path.unlink(missing_ok=True)
+            _remove(path)
     if keep == {".lock"}:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def publish(work: Path, out: Path, keep: set[str]) -> None:
-    """Drop what is not part of the bundle, then put the folder in its place."""
+    """Drop what is not part of the bundle, then put the folder in its place. keep: paths in the folder."""
+    names = {PurePosixPath(path).parts[0] for path in keep}
     for path in work.iterdir():
-        if path.name not in keep:
-            path.unlink()
+        if path.name not in names:
+            _remove(path)
     old = out.parent / f".{out.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     work.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def adopt_engines(out: Path, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The engines of the bundle that is replaced, as in its manifest, and their files, linked into `work`.
+
+    Whether they are still those of the new graphs, who builds engines finds out.
+    """
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        engines = dict(manifest["engines"])
+        paths = [entry["file"] for stages in engines.values() for entry in stages.values()]
+        files = {path: manifest["files"][path] for path in paths if is_inside(path)}
+        for path in files:
+            (work / path).parent.mkdir(exist_ok=True)
+            (work / path).unlink(missing_ok=True)
+            os.link(out / path, work / path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, {}
+    return engines, files
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,0 +1,1 @@
+"""What embeds bundles elsewhere, and the devices that engines are made for."""

@@ -1,0 +1,1 @@
+"""TensorRT engines of a bundle's stages: what they are built for, from what, and how. Torch-free."""

@@ -1,0 +1,178 @@
+"""The engines of a bundle for one target: compiled where missing or made of something else, else kept.
+
+A finished engine is in the manifest before the next one begins, so a build that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nova_export.bundle import MANIFEST, Bundle, EngineEntry, sha256
+from nova_export.engine.compiler import CompileJob, compile_engine
+from nova_export.engine.flavour import flavour
+from nova_export.errors import OutputError, UsageError
+from nova_export.spec import Stage
+from nova_export.stages import Limits, stages
+from nova_export.targets import TARGETS, Target, find
+
+FOLDER = "engines"
+
+Report = Callable[[str, str], object]  # stage name, what is being done to it
+
+
+def build_engines(
+    folder: Path,
+    target: str,
+    *,
+    limits: Limits | None = None,
+    only: Sequence[str] = (),
+    stripped: bool = False,
+    report: Report = lambda stage, action: None,
+) -> Bundle:
+    """Compile the stages of the bundle in `folder` for a target, and the bundle with them.
+
+    limits: the largest batch and the longest video that the engines take; one sample and the checkpoint's own
+    number of frames if not told. only: names of stages, all if none. stripped: engines without weights.
+
+    Raises:
+        UsageError: the target has no engines, or the bundle's graphs are for another form of target.
+        ExportError: a stage cannot be compiled; the message names the node and the PyTorch module.
+        OutputError: the bundle cannot be written to, or another build is at it.
+    """
+    bundle, wanted = Bundle.open(folder), find(TARGETS, target)
+    if wanted.runtime is None:
+        raise UsageError(f"target {target} runs the graphs as they are; it has no engines")
+    made_for = find(TARGETS, bundle.target)
+    if made_for.graph_form != wanted.graph_form:
+        raise UsageError(
+            f"{folder}: its graphs are for target {bundle.target}, those for {target} are others; "
+            f"`nova-export build CHECKPOINT --target {target}` makes them"
+        )
+    if unknown := set(only) - bundle.stages.keys():
+        raise UsageError(f"stage {min(unknown)!r} is unknown; this bundle has {', '.join(bundle.stages)}")
+    limits = limits or Limits(batch=1, frames=bundle.config.video_length)
+    specs = stages(bundle.config, limits)
+    with _locked(folder):
+        for name in only or bundle.stages:
+            bundle = _built_or_kept(bundle, specs[name], wanted, stripped, report)
+        _drop_unnamed(bundle)
+    return bundle
+
+
+def profile(stage: Stage) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The optimization profile: by input, its least, usual and largest shape."""
+    sizes = [{axis.name: getattr(axis, kind) for axis in stage.axes} for kind in ("min", "opt", "max")]
+    shapes = [stage.shapes(each) for each in sizes]
+    return {tensor.name: tuple(each[tensor.name] for each in shapes) for tensor in stage.inputs}
+
+
+def made_of(bundle: Bundle, stage: Stage, target: Target, stripped: bool) -> dict[str, str]:
+    """What a stage's engine depends on."""
+    files = [[path, bundle.files[path].sha256] for path in sorted(bundle.stages[stage.name].files)]
+    kind = flavour(target.runtime)
+    return {
+        "graph": _digest(files),
+        "runtime": kind.name,
+        "version": str(kind.load().__version__),
+        "compute capability": target.compute_capability or "of the machine",
+        "profile": _digest(profile(stage)),
+        "flags": "stripped" if stripped else "",
+    }
+
+
+def changed(entry: EngineEntry, wanted: Mapping[str, str]) -> str:
+    """Why an engine is not the wanted one; empty if it is."""
+    for name, value in wanted.items():
+        if (had := entry.made_of.get(name)) != value:
+            # Digests say nothing to a person.
+            return f"another {name}" if name in ("graph", "profile") else f"{name} was {had!r}, is {value!r}"
+    return ""
+
+
+def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, stripped: bool, report: Report) -> Bundle:
+    name, wanted = stage.name, made_of(bundle, stage, target, stripped)
+    entry = bundle.engines.get(target.name, {}).get(name)
+    why = changed(entry, wanted) if entry else "not there"
+    if entry and not why:
+        path = bundle.path(entry.file)
+        if sha256(path) == bundle.files[entry.file].sha256:
+            report(name, "reused")
+            return bundle
+        why = "its file was changed"
+    report(name, f"compiling ({why})")
+    bundle.check_stage(name)
+    file = f"{FOLDER}/{name}-{_digest([target.name, wanted])[:16]}.engine"
+    _make_folder(bundle.folder / FOLDER)
+    assert target.runtime is not None
+    job = CompileJob(
+        flavour=target.runtime,
+        graph=str(bundle.path(bundle.stages[name].graph)),
+        out=str(bundle.path(file)),
+        profile=profile(stage),
+        compute_capability=target.compute_capability,
+        stripped=stripped,
+    )
+    done = compile_engine(job, lambda doing: report(name, doing))
+    made = EngineEntry(file=file, spec=stage, made_of=wanted, **asdict(done))
+    return _listed(bundle, target.name, name, made)
+
+
+def _listed(bundle: Bundle, target: str, name: str, engine: EngineEntry) -> Bundle:
+    """The bundle with one engine more, or another one; its manifest is replaced at once."""
+    path = bundle.folder / MANIFEST
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    engines = manifest.setdefault("engines", {}).setdefault(target, {})
+    if name in engines:
+        manifest["files"].pop(engines[name]["file"], None)
+    file = bundle.path(engine.file)
+    engines[name] = {**asdict(engine), "spec": engine.spec.to_dict()}
+    manifest["files"][engine.file] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    return Bundle.open(bundle.folder)
+
+
+def _drop_unnamed(bundle: Bundle) -> None:
+    """Engines that were replaced, and what stopped builds left."""
+    for path in (bundle.folder / FOLDER).glob("*"):
+        if f"{FOLDER}/{path.name}" not in bundle.files:
+            path.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror})") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build at a time. The lock is on the folder itself: no file of it is left behind."""
+    import os
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(
+            f"{folder}: another build of its engines is running; wait for it or stop it"
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,240 @@
+"""ONNX graph -> serialized engine, in a process of its own: this module run as a program, the job on stdin.
+
+TensorRT keeps memory that it once had, and a Ctrl-C reaches it only between steps; a process that ends gives
+all back. The job and what comes of it are JSON: lines of progress, then the result or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nova_export.engine.flavour import FLAVOURS
+from nova_export.errors import ExportError, NovaExportError
+from nova_export.onnx_files import module_of
+
+NO_KERNEL = "not supported by a dedicated kernel"  # how TensorRT says that an attention is not fused
+MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
+
+Shape = tuple[int, ...]
+Report = Callable[[str], object]  # what is being done
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """profile: by input the least, usual and largest shape. compute_capability: "8.9", or None for this GPU.
+
+    stripped: leave the weights out; they are read from the ONNX files when the engine is loaded.
+    """
+
+    flavour: str
+    graph: str
+    out: str
+    profile: dict[str, tuple[Shape, Shape, Shape]]
+    compute_capability: str | None
+    stripped: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """attention: "fused", or "decomposed" where no kernel fuses some of it; None without any.
+    activation_bytes, weight_bytes: as TensorRT says; None where it did not. peak_bytes: of the process."""
+
+    attention: str | None
+    activation_bytes: int | None
+    weight_bytes: int | None
+    peak_bytes: int
+    seconds: float
+
+
+def compile_engine(job: CompileJob, report: Report = lambda doing: None) -> Compiled:
+    """Write `job.out`, whole or not at all. Raises ExportError with what TensorRT says, and where."""
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nova_export.engine.compiler"],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            assert process.stdin and process.stdout
+            process.stdin.write(json.dumps(asdict(job)))
+            process.stdin.close()
+            for line in process.stdout:
+                said = json.loads(line)
+                if "doing" in said:
+                    report(said["doing"])
+                elif "error" in said:
+                    raise ExportError(said["error"])
+                else:
+                    return Compiled(**said["result"])
+            status = process.wait()
+            errors.seek(0)
+            last = (errors.read().strip() or "it said nothing").splitlines()[-1]
+        finally:
+            process.kill()
+            process.wait()
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    hint = "; was there too little memory?" if status == -signal.SIGKILL else ""
+    raise ExportError(f"compiling {job.graph} was ended {how}: {last}{hint}")
+
+
+# In the process
+
+
+def _main() -> None:
+    job = CompileJob(**json.load(sys.stdin))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # TensorRT prints too
+
+    def say(**what: Any) -> None:
+        print(json.dumps(what), file=out, flush=True)
+
+    try:
+        say(result=asdict(_compile(job, lambda doing: say(doing=doing))))
+    except NovaExportError as error:
+        say(error=str(error))
+
+
+def _compile(job: CompileJob, report: Report) -> Compiled:
+    started = time.monotonic()
+    trt = FLAVOURS[job.flavour].load()
+    logger = _logger(trt)
+    plan = None
+    for decompose in (False, True):
+        plan, attention = _plan(trt, logger, job, decompose, report)
+        if plan is not None or not any(NO_KERNEL in error for error in logger.errors):
+            break
+    name = f"{FLAVOURS[job.flavour].name} {trt.__version__}"
+    if plan is None:
+        said = logger.errors[-1] if logger.errors else "it does not say why"
+        raise ExportError(f"{name} cannot compile {job.graph}: {said}")
+    partial = Path(f"{job.out}.partial")
+    partial.write_bytes(memoryview(plan))
+    partial.replace(job.out)
+    memory, seconds = logger.memory, round(time.monotonic() - started, 2)
+    return Compiled(attention, memory.get("Activation"), memory.get("Weights"), _peak(), seconds)
+
+
+def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Report) -> tuple[Any, str | None]:
+    """The serialized engine, None if it cannot be had, and what became of attention; None without any.
+
+    decompose: whether attention may be made of products and a softmax where no kernel fuses it.
+    """
+    builder = trt.Builder(logger)
+    # TensorRT 11 knows strongly typed networks alone, and older ones make them where asked.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    report("parsing")
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job.graph):
+        raise ExportError(
+            _explained(parser, Path(job.graph), f"{FLAVOURS[job.flavour].name} {trt.__version__}")
+        )
+    attentions = _attentions(trt, network)
+    for each in attentions:
+        each.decomposable = decompose
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
+    config.progress_monitor = _monitor(trt, report)
+    if job.stripped:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    if job.compute_capability is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_capability(trt, job.compute_capability), 0)
+    profile = builder.create_optimization_profile()
+    for name, shapes in job.profile.items():
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+    attention = ("decomposed" if decompose else "fused") if attentions else None
+    return builder.build_serialized_network(network, config), attention
+
+
+def _capability(trt: Any, version: str) -> Any:
+    name = f"SM{version.replace('.', '')}"
+    if not hasattr(trt.ComputeCapability, name):
+        known = ", ".join(sorted(each for each in dir(trt.ComputeCapability) if each.startswith("SM")))
+        raise ExportError(f"this version, {trt.__version__}, compiles for {known}, not for {name}")
+    return getattr(trt.ComputeCapability, name)
+
+
+def _peak() -> int:
+    """High water of this process's memory in bytes; getrusage would count that of what started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _explained(parser: Any, graph: Path) -> str:
+    """The parser's first error, with the node and the PyTorch module that it came from."""
+    error = parser.get_error(0)
+    where, module = f"node {error.node_name()} ({error.node_operator()})", module_of(graph, error.node_name())
+    return f"TensorRT cannot read {graph}: {where}{f' of {module}' if module else ''}: {error.desc()}"
+
+
+def _attentions(trt: Any, network: Any) -> list[Any]:
+    """The attentions of a network, as TensorRT 10.14 and later know them."""
+    boundary = getattr(trt, "IAttentionInputLayer", None)
+    found = []
+    for index in range(network.num_layers if boundary else 0):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = boundary  # a layer comes as its base class
+            found.append(layer.attention)
+    return found
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps errors, and the memory that the engine needs."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.memory: dict[str, int] = {}
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message.strip())
+            elif found := MEMORY.search(message):
+                self.memory[found[1]] = int(found[2])
+
+    return Logger()
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Tells of phases as they begin and go on."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.sizes: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.sizes[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            report(f"{phase}, {step + 1} of {self.sizes.get(phase, 0)}")
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.sizes.pop(phase, None)
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    _main()
