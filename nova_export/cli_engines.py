@@ -27,7 +27,6 @@ COLUMNS = ("stage", "attention", "engine MB", "weights MB", "activations MB", "c
     help="The most latent frames; those of the checkpoint's own videos if not told.",
 )  # fmt: skip
 @click.option("--stage", "only", multiple=True, metavar="NAME", help="This stage alone; may be given again.")
-@click.option("--stripped", is_flag=True, help="Leave the weights out; they come from the graphs at loading.")
 @quiet_option
 @json_option
 def engines(
@@ -36,7 +35,6 @@ def engines(
     batch: int,
     frames: int | None,
     only: tuple[str, ...],
-    stripped: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -47,9 +45,7 @@ def engines(
     """
     opened = Bundle.open(bundle)
     limits = Limits(batch, frames or opened.config.video_length)
-    built = engines_with_progress(
-        bundle, target or opened.target, quiet, limits=limits, only=only, stripped=stripped
-    )
+    built = engines_with_progress(bundle, target or opened.target, quiet, limits=limits, only=only)
     found = numbers(built, target or opened.target)
     click.echo(json.dumps(found) if as_json else table(found))
 

@@ -33,13 +33,12 @@ def build_engines(
     *,
     limits: Limits | None = None,
     only: Sequence[str] = (),
-    stripped: bool = False,
     report: Report = lambda stage, action: None,
 ) -> Bundle:
     """Compile the stages of the bundle in `folder` for a target, and the bundle with them.
 
     limits: the largest batch and the longest video that the engines take; one sample and the checkpoint's own
-    number of frames if not told. only: names of stages, all if none. stripped: engines without weights.
+    number of frames if not told. only: names of stages, all if none.
 
     Raises:
         UsageError: the target has no engines, or the bundle's graphs are for another form of target.
@@ -61,7 +60,7 @@ def build_engines(
     specs = stages(bundle.config, limits)
     with _locked(folder):
         for name in only or bundle.stages:
-            bundle = _built_or_kept(bundle, specs[name], wanted, stripped, report)
+            bundle = _built_or_kept(bundle, specs[name], wanted, report)
         _drop_unnamed(bundle)
     return bundle
 
@@ -73,7 +72,7 @@ def profile(stage: Stage) -> dict[str, tuple[tuple[int, ...], ...]]:
     return {tensor.name: tuple(each[tensor.name] for each in shapes) for tensor in stage.inputs}
 
 
-def made_of(bundle: Bundle, stage: Stage, target: Target, stripped: bool) -> dict[str, str]:
+def made_of(bundle: Bundle, stage: Stage, target: Target) -> dict[str, str]:
     """What a stage's engine depends on."""
     files = [[path, bundle.files[path].sha256] for path in sorted(bundle.stages[stage.name].files)]
     kind = flavour(target.runtime)
@@ -83,7 +82,6 @@ def made_of(bundle: Bundle, stage: Stage, target: Target, stripped: bool) -> dic
         "version": str(kind.load().__version__),
         "compute capability": target.compute_capability or "of the machine",
         "profile": _digest(profile(stage)),
-        "flags": "stripped" if stripped else "",
     }
 
 
@@ -96,8 +94,8 @@ def changed(entry: EngineEntry, wanted: Mapping[str, str]) -> str:
     return ""
 
 
-def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, stripped: bool, report: Report) -> Bundle:
-    name, wanted = stage.name, made_of(bundle, stage, target, stripped)
+def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, report: Report) -> Bundle:
+    name, wanted = stage.name, made_of(bundle, stage, target)
     entry = bundle.engines.get(target.name, {}).get(name)
     why = changed(entry, wanted) if entry else "not there"
     if entry and not why:
@@ -117,7 +115,6 @@ def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, stripped: bool,
         out=str(bundle.path(file)),
         profile=profile(stage),
         compute_capability=target.compute_capability,
-        stripped=stripped,
     )
     done = compile_engine(job, lambda doing: report(name, doing))
     made = EngineEntry(file=file, spec=stage, made_of=wanted, **asdict(done))

@@ -32,17 +32,13 @@ Report = Callable[[str], object]  # what is being done
 
 @dataclass(frozen=True)
 class CompileJob:
-    """profile: by input the least, usual and largest shape. compute_capability: "8.9", or None for this GPU.
-
-    stripped: leave the weights out; they are read from the ONNX files when the engine is loaded.
-    """
+    """profile: by input, its least, usual and largest shape. compute_capability: "8.9"; None for this GPU."""
 
     flavour: str
     graph: str
     out: str
     profile: dict[str, tuple[Shape, Shape, Shape]]
     compute_capability: str | None
-    stripped: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,9 +146,6 @@ def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Repor
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
     config.progress_monitor = _monitor(trt, report)
-    if job.stripped:
-        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     if job.compute_capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(trt, job.compute_capability), 0)
