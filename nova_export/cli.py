@@ -14,6 +14,7 @@ import click
 
 from nova_export import __version__
 from nova_export.cli_calibrate import calibrate
+from nova_export.cli_doctor import doctor
 from nova_export.cli_engines import engines as engines_command
 from nova_export.cli_eval import evaluate
 from nova_export.cli_options import (
@@ -319,6 +320,7 @@ def _size(text: str) -> tuple[str, int]:
 
 
 cli.add_command(calibrate)
+cli.add_command(doctor)
 cli.add_command(engines_command)
 cli.add_command(evaluate)
 cli.add_command(sensitivity)

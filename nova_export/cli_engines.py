@@ -10,9 +10,8 @@ import click
 
 from nova_export.bundle import Bundle
 from nova_export.cli_options import json_option, quiet_option, resumable
+from nova_export.inspect import describe_engine, engine_table
 from nova_export.stages import MAX_BATCH, MAX_FRAMES, Limits
-
-COLUMNS = ("stage", "attention", "engine MB", "weights MB", "activations MB", "compile peak MB", "seconds")
 
 
 @click.command()
@@ -46,8 +45,9 @@ def engines(
     opened = Bundle.open(bundle)
     limits = Limits(batch, frames or opened.config.video_length)
     built = engines_with_progress(bundle, target or opened.target, quiet, limits=limits, only=only)
-    found = numbers(built, target or opened.target)
-    click.echo(json.dumps(found) if as_json else table(found))
+    made = built.engines[target or opened.target]
+    found = {name: describe_engine(built, engine) for name, engine in made.items()}
+    click.echo(json.dumps(found) if as_json else engine_table(found))
 
 
 def engines_with_progress(bundle: Path, target: str, quiet: bool, **options: Any) -> Bundle:
@@ -57,31 +57,3 @@ def engines_with_progress(bundle: Path, target: str, quiet: bool, **options: Any
 
     with resumable("engines"), insistent_interrupt(), StageProgress(quiet) as progress:
         return build_engines(bundle, target, report=progress, **options)
-
-
-def numbers(bundle: Bundle, target: str) -> dict[str, dict[str, Any]]:
-    """By stage what its engine takes: bytes, as TensorRT tells them, and seconds of compiling."""
-    return {
-        name: {
-            "file": engine.file,
-            "bytes": bundle.files[engine.file].size,
-            "attention": engine.attention,
-            "weight_bytes": engine.weight_bytes,
-            "activation_bytes": engine.activation_bytes,
-            "peak_bytes": engine.peak_bytes,
-            "seconds": engine.seconds,
-        }
-        for name, engine in bundle.engines[target].items()
-    }
-
-
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """For a person."""
-    from nova_export.tables import markdown
-
-    def row(name: str, engine: dict[str, Any]) -> list[str]:
-        sizes = [engine[key] for key in ("bytes", "weight_bytes", "activation_bytes", "peak_bytes")]
-        shown = ["-" if size is None else f"{size / 1e6:.1f}" for size in sizes]
-        return [name, engine["attention"] or "-", *shown, f"{engine['seconds']:.1f}"]
-
-    return markdown(COLUMNS, [row(*item) for item in found.items()])

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nova_export.bundle import Bundle, StageEntry
+from nova_export.bundle import Bundle, EngineEntry, StageEntry
 from nova_export.spec import Tensor
+from nova_export.tables import markdown
+
+ENGINE_COLUMNS = (
+    "stage",
+    "attention",
+    "engine MB",
+    "weights MB",
+    "activations MB",
+    "compile peak MB",
+    "seconds",
+)
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -21,6 +32,10 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "tools": dict(bundle.tools),
         "bytes": sum(entry.size for entry in bundle.files.values()),
         "stages": {name: _stage(bundle, entry) for name, entry in bundle.stages.items()},
+        "engines": {
+            target: {name: describe_engine(bundle, entry) for name, entry in engines.items()}
+            for target, engines in bundle.engines.items()
+        },
     }
 
 
@@ -34,6 +49,32 @@ def _stage(bundle: Bundle, entry: StageEntry) -> dict[str, Any]:
         "axes": {axis.name: [axis.min, axis.opt, axis.max] for axis in spec.axes},
         "verified": entry.verified,
     }
+
+
+def describe_engine(bundle: Bundle, engine: EngineEntry) -> dict[str, Any]:
+    """What an engine was made of and takes: bytes as TensorRT tells them, seconds of compiling."""
+    return {
+        "file": engine.file,
+        "made_of": dict(engine.made_of),
+        "attention": engine.attention,
+        "axes": {axis.name: [axis.min, axis.opt, axis.max] for axis in engine.spec.axes},
+        "bytes": bundle.files[engine.file].size,
+        "weight_bytes": engine.weight_bytes,
+        "activation_bytes": engine.activation_bytes,
+        "peak_bytes": engine.peak_bytes,
+        "seconds": engine.seconds,
+    }
+
+
+def engine_table(engines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Engines, as `describe_engine` gives them by stage, for a person."""
+
+    def row(name: str, engine: Mapping[str, Any]) -> list[str]:
+        sizes = [engine[key] for key in ("bytes", "weight_bytes", "activation_bytes", "peak_bytes")]
+        shown = ["-" if size is None else f"{size / 1e6:.1f}" for size in sizes]
+        return [name, engine["attention"] or "-", *shown, f"{engine['seconds']:.1f}"]
+
+    return markdown(ENGINE_COLUMNS, [row(*item) for item in engines.items()])
 
 
 def _shape(tensor: Tensor) -> str:
@@ -60,6 +101,10 @@ def format_table(described: dict[str, Any]) -> str:
                 for axis, (low, usual, high) in stage["axes"].items()
             )
             lines.append("  where  " + ", ".join(axes))
+    for target, engines in described["engines"].items():
+        made = next(iter(engines.values()))["made_of"]
+        lines.append(f"\nengines for {target}, by {made['runtime']} {made['version']}")
+        lines.append(engine_table(engines))
     if described.get("hashes"):
         lines.append("\nall files match their sha256: the bundle is whole")
     return "\n".join(lines)

@@ -86,7 +86,7 @@ PHASES = (
     Phase(1, 128, 2000, 2e-3),
     Phase(LATENT_FRAMES, 64, 13_500, 2e-3),
     Phase(LATENT_FRAMES, 64, 11_500, 1.5e-3, muon=True, most_snr=10.0),
-    Phase(LATENT_FRAMES, 64, 14_000, 1.5e-3, muon=True, most_snr=10.0, cross_weight=2.5),
+    Phase(LATENT_FRAMES, 64, 12_000, 1.5e-3, muon=True, most_snr=10.0, cross_weight=2.5),
 )
 
 

@@ -213,6 +213,8 @@ def test_the_command(bundle: Path, golden_bundle: Callable[[str], Path]) -> None
     assert name == "condition" and numbers["bytes"] > 10_000 and (bundle / numbers["file"]).exists()
     again = nova_export("engines", bundle, "--stage", "condition")
     assert "condition: reused" in again.err and "| condition | -" in again.out
+    shown = nova_export("inspect", bundle, "-q").out
+    assert "engines for rtx-40, by TensorRT-RTX" in shown and "| condition | -" in shown
     cpu = golden_bundle("t2i")
     only_error(nova_export("engines", cpu, "-q"), 2, "target cpu", "no engines")
     only_error(nova_export("engines", cpu, "--target", RTX_40, "-q"), 2, "others", f"--target {RTX_40}")

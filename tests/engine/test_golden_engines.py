@@ -1,0 +1,59 @@
+"""Engines of the golden checkpoints and the demo, from checkpoint to bundle, as a user builds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from calibration.collect import calibrate
+from nova_export.bundle import Bundle
+from nova_export.demo import demo_checkpoint
+from nova_export.targets import ENCODERS
+from tests.command_line import nova_export
+from tests.conftest import GOLDEN
+
+pytest.importorskip("tensorrt_rtx")  # has no wheel for aarch64
+
+SHORT = {"num_inference_steps": 4, "num_diffusion_steps": 2}
+
+
+def checkpoint(name: str) -> Path:
+    return demo_checkpoint() if name == "demo" else GOLDEN / name / "checkpoint"
+
+
+def built(name: str, out: Path, *options: str | Path) -> Bundle:
+    result = nova_export("build", checkpoint(name), "-o", out, "--target", "rtx-40", "-q", *options)
+    assert result.code == 0, result.err
+    bundle = Bundle.open(out)
+    bundle.check_all()
+    return bundle
+
+
+def data_bytes(bundle: Bundle, stage: str) -> int:
+    return bundle.files[f"{stage}.onnx.data"].size
+
+
+@pytest.mark.parametrize("name", ["t2i", "t2v", "t2v-rope", "demo"])
+def test_every_stage_in_fp16(name: str, tmp_path: Path) -> None:
+    bundle = built(name, tmp_path / "bundle", "--precision", "fp16")
+    engines = bundle.engines["rtx-40"]
+    assert engines.keys() == bundle.stages.keys()
+    assert {engines[stage].attention for stage in ENCODERS} == {"fused"}
+    for stage, engine in engines.items():
+        assert engine.weight_bytes is not None
+        assert engine.weight_bytes < 1.2 * data_bytes(bundle, stage) + 50_000, stage  # held once, in 16 bits
+
+
+def test_encoders_in_int8(tmp_path: Path) -> None:
+    """Weights in 8 bits are so in the engine. Building anew keeps engines whose graphs are the same."""
+    whole = built("t2i", tmp_path / "whole", "--no-engines")
+    calibrate(whole, ["a red circle"], 5, tmp_path / "c.npz", **SHORT)
+    options = ("--precision", "int8", "--calibration", tmp_path / "c.npz")
+    bundle = built("t2i", tmp_path / "bundle", *options)
+    for stage in ENCODERS:
+        weights = bundle.engines["rtx-40"][stage].weight_bytes
+        assert bundle.stages[stage].precision == "int8" and weights is not None
+        assert weights < 0.45 * data_bytes(whole, stage), stage
+    again = built("t2i", tmp_path / "bundle", *options, "--force")
+    assert again.engines == bundle.engines
