@@ -136,8 +136,8 @@ class Statistics:
                     for i, (stage, layer, *numbers) in enumerate(head["layers"])
                 }
                 largest = {(stage, value): float(number) for stage, value, number in head["largest"]}
-            origin = (head[name] for name in ("source", "prompts", "seed", "arguments", "done"))
-            return cls(*origin, layers, largest)
+            origin = {name: head[name] for name in ("source", "prompts", "seed", "arguments", "done")}
+            return cls(**origin, layers=layers, largest=largest)
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{path}: holds no calibration ({error}); `nova-export calibrate` makes one"

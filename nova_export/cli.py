@@ -87,7 +87,7 @@ def build(
     from calibration.recipe import Recipe
     from nova_export.cli_engines import engines_with_progress
     from nova_export.demo import demo_bundle_folder, demo_checkpoint, make_cache_folder
-    from nova_export.engine.flavour import flavour
+    from nova_export.engine.build import made_by
     from nova_export.targets import CPU, TARGETS, find
 
     chosen = Recipe.load(recipe) if recipe else Recipe()
@@ -97,7 +97,7 @@ def build(
     target = find(TARGETS, options["target"])
     compiling = engines and target.runtime is not None
     if compiling:
-        flavour(target.runtime).load()  # that it is missing is said now, not after the export
+        made_by(target)  # what it lacks is said now, not after the export
     if out is None and (checkpoint is not None or target != CPU):
         what = f"{checkpoint or 'the demo'} for {target.name}"
         raise UsageError(f"--out FOLDER is missing: where to write the bundle of {what}")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nova_export.bundle import MANIFEST, Bundle, EngineEntry, sha256
-from nova_export.engine.compiler import CompileJob, compile_engine
-from nova_export.engine.flavour import flavour
+from nova_export.engine.compiler import CompileJob, Shape, compile_engine
+from nova_export.engine.flavour import flavour, machine_capability
 from nova_export.errors import OutputError, UsageError
 from nova_export.spec import Stage
 from nova_export.stages import Limits, stages
@@ -65,23 +65,27 @@ def build_engines(
     return bundle
 
 
-def profile(stage: Stage) -> dict[str, tuple[tuple[int, ...], ...]]:
+def profile(stage: Stage) -> dict[str, tuple[Shape, Shape, Shape]]:
     """The optimization profile: by input, its least, usual and largest shape."""
-    sizes = [{axis.name: getattr(axis, kind) for axis in stage.axes} for kind in ("min", "opt", "max")]
-    shapes = [stage.shapes(each) for each in sizes]
-    return {tensor.name: tuple(each[tensor.name] for each in shapes) for tensor in stage.inputs}
+    least = stage.shapes({axis.name: axis.min for axis in stage.axes})
+    usual = stage.shapes({axis.name: axis.opt for axis in stage.axes})
+    most = stage.shapes({axis.name: axis.max for axis in stage.axes})
+    return {name: (least[name], usual[name], most[name]) for name in least}
 
 
 def made_of(bundle: Bundle, stage: Stage, target: Target) -> dict[str, str]:
     """What a stage's engine depends on."""
     files = [[path, bundle.files[path].sha256] for path in sorted(bundle.stages[stage.name].files)]
+    return {"graph": _digest(files), "profile": _digest(profile(stage)), **made_by(target)}
+
+
+def made_by(target: Target) -> dict[str, str]:
+    """What engines for a target depend on beside graph and profile. Raises DependencyError, UsageError."""
     kind = flavour(target.runtime)
     return {
-        "graph": _digest(files),
         "runtime": kind.name,
         "version": str(kind.load().__version__),
-        "compute capability": target.compute_capability or "of the machine",
-        "profile": _digest(profile(stage)),
+        "compute capability": target.compute_capability or machine_capability(),
     }
 
 

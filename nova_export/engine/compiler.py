@@ -137,9 +137,7 @@ def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Repor
     report("parsing")
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.graph):
-        raise ExportError(
-            _explained(parser, Path(job.graph), f"{FLAVOURS[job.flavour].name} {trt.__version__}")
-        )
+        raise ExportError(_explained(parser, Path(job.graph)))
     attentions = _attentions(trt, network)
     for each in attentions:
         each.decomposable = decompose
@@ -191,7 +189,7 @@ def _attentions(trt: Any, network: Any) -> list[Any]:
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         """Keeps errors, and the memory that the engine needs."""
 
         def __init__(self) -> None:
@@ -209,7 +207,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, report: Report) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Tells of phases as they begin and go on."""
 
         def __init__(self) -> None:

@@ -1,12 +1,15 @@
-"""The two packages of one API that compile engines: TensorRT for RTX, and TensorRT."""
+"""The two packages of one API that compile engines, TensorRT for RTX and TensorRT, and the GPU at hand."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from nova_export.errors import DependencyError, UsageError
+
+COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,18 @@ def flavour(name: str | None) -> Flavour:
     if name not in FLAVOURS:
         raise UsageError(f"runtime {name!r} has no engines; those that have are {', '.join(FLAVOURS)}")
     return FLAVOURS[name]
+
+
+def machine_capability() -> str:
+    """Compute capability of this machine's first GPU, like "8.9". Raises UsageError where there is none."""
+    numbers = [ctypes.c_int(), ctypes.c_int()]
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuInit(0)
+        for number, attribute in zip(numbers, COMPUTE_CAPABILITY, strict=True):
+            failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)
+    except (OSError, AttributeError):
+        failed = True
+    if failed:
+        raise UsageError("there is no NVIDIA GPU in this machine to compile for; name a target like rtx-40")
+    return ".".join(str(number.value) for number in numbers)

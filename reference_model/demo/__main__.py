@@ -38,7 +38,7 @@ def main(work: Path, out: Path, start: Path | None) -> None:
     another transformer.
     """
     work.mkdir(parents=True, exist_ok=True)
-    before = read_runs(start) if start else {"vae": [], "nova": []}
+    before = {"vae": [], "decoder": [], "nova": [], **(read_runs(start) if start else {})}
     device, tokenizer = best_device(), _tokenizer(work)
     torch.manual_seed(SEED)
     vae = Vae().to(device)
@@ -46,9 +46,11 @@ def main(work: Path, out: Path, start: Path | None) -> None:
         vae.load_state(read_weights(start, "vae"))
     same_latents = len(before["vae"]) == len(train_vae.PHASES)
     if not same_latents:
-        before["nova"] = []
+        before |= {"decoder": [], "nova": []}
         train_vae.train_vae(vae, work / "vae", SEED, done=len(before["vae"]))
         train_vae.even_latents(vae, SEED)
+    decoding = train_vae.DECODER_PHASES
+    train_vae.train_vae(vae, work / "decoder", SEED, decoding, done=len(before["decoder"]))
 
     images = make_latents(vae, tokenizer, work / "images.safetensors", SEED, train_nova.IMAGES, 1)
     clips = make_latents(vae, tokenizer, work / "clips.safetensors", SEED, train_nova.CLIPS, LATENT_FRAMES)

@@ -47,6 +47,10 @@ class Clip:
     frames: Frames
     flow: float
 
+    @property
+    def has_cross(self) -> bool:
+        return any(shape == "cross" for _, shape in self.scene.figures)
+
 
 @dataclass(frozen=True)
 class Track:

@@ -219,5 +219,5 @@ def _conditions(clips: Sequence[Clip], tokenizer: PromptTokenizer) -> tuple[Tens
     for row, tokens in zip(padded, ids, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     flows = torch.tensor([clip.flow if clip.scene.motion else DEFAULT_FLOW for clip in clips])
-    crosses = torch.tensor([float(any(s == "cross" for _, s in clip.scene.figures)) for clip in clips])
+    crosses = torch.tensor([float(clip.has_cross) for clip in clips])
     return padded, torch.tensor([len(tokens) for tokens in ids]), flows, crosses

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nova_export.evaluation.scene import held_out
-from reference_model.demo.data import sample_clip, sample_image
+from reference_model.demo.data import Clip, sample_clip, sample_image
 from reference_model.demo.trainer import Phase, Trainer
 from reference_model.demo.vae import Vae, inflate
 
 # Single images first, which cost a ninth of a clip and teach nearly everything.
 PHASES = (Phase(1, 12, 1400, 4e-4), Phase(5, 4, 500, 4e-4), Phase(9, 4, 300, 3e-4), Phase(9, 4, 600, 3e-4))
+# Afterwards, as latents stay what they are then: sharper edges, on which the outline of a small cross hangs.
+DECODER_PHASES = (Phase(9, 4, 300, 1e-4, only="decode_stage", cross_weight=2.5),)
 KL_WEIGHT = 1e-4  # of the mean over latent elements
 
 
@@ -32,11 +34,13 @@ def train_vae(vae: Vae, folder: Path, seed: int, phases: Sequence[Phase] = PHASE
     def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
         pixels = _batch(rng, phase).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            mean, logvar = vae.moments(pixels)
-            if phase.frames > 1:  # half of the clips as the transformer will see them
-                split = vae.clip_moments(pixels[::2])
-                mean, logvar = (torch.cat([s, m[1::2]]) for s, m in zip(split, (mean, logvar), strict=True))
-                pixels = torch.cat([pixels[::2], pixels[1::2]])
+            with torch.set_grad_enabled(not phase.only):
+                mean, logvar = vae.moments(pixels)
+                if phase.frames > 1:  # half of the clips as the transformer will see them
+                    split = vae.clip_moments(pixels[::2])
+                    pairs = zip(split, (mean, logvar), strict=True)
+                    mean, logvar = (torch.cat([s, m[1::2]]) for s, m in pairs)
+                    pixels = torch.cat([pixels[::2], pixels[1::2]])
             decoded = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         beta = 0.05 if phase.frames > 1 else 0.0  # where nearly right, signs of errors are bfloat16's
@@ -90,10 +94,12 @@ def psnr(vae: Vae, frames: int, count: int = 22) -> float:
 
 def _batch(rng: np.random.Generator, phase: Phase) -> Tensor:
     """Clips cut to the phase's frames; half of the images are of one or two shapes instead."""
-    clips = (
-        sample_image(rng) if phase.frames == 1 and i % 2 else sample_clip(rng) for i in range(phase.batch)
-    )
-    return to_pixels([clip.frames[: phase.frames] for clip in clips])
+
+    def sample(index: int) -> Clip:
+        clip = sample_image(rng) if phase.frames == 1 and index % 2 else sample_clip(rng)
+        return clip if clip.has_cross or rng.random() * phase.cross_weight < 1 else sample(index)
+
+    return to_pixels([sample(index).frames[: phase.frames] for index in range(phase.batch)])
 
 
 def to_pixels(clips: list[Any]) -> Tensor:

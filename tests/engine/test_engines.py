@@ -222,6 +222,28 @@ def test_the_command(bundle: Path, golden_bundle: Callable[[str], Path]) -> None
     only_error(nova_export("engines", bundle, "--target", "rtx-60", "-q"), 2, "'rtx-60'", RTX_40)
 
 
+def test_a_machine_without_a_gpu(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its own GPU it cannot compile; said before anything is exported."""
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(flavour.ctypes, "CDLL", missing)
+    only_error(nova_export("engines", bundle, "--target", "tensorrt-rtx", "-q"), 2, "no NVIDIA GPU", RTX_40)
+    command = ("build", GOLDEN / "t2i" / "checkpoint", "-o", tmp_path / "new", "-q")
+    only_error(nova_export(*command, "--target", "tensorrt-rtx"), 2, "no NVIDIA GPU", RTX_40)
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_gpu_is_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a target means the GPU of the machine, an engine still knows which one that was."""
+    found = []
+    for capability in ("8.9", "12.0"):
+        monkeypatch.setattr(build, "machine_capability", lambda capability=capability: capability)
+        found.append(build.made_by(find(TARGETS, "tensorrt-rtx"))["compute capability"])
+    assert found == ["8.9", "12.0"]
+
+
 @pytest.fixture
 def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     missing = flavour.Flavour("TensorRT-RTX", "tensorrt_that_is_not_there", "rtx")
