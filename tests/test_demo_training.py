@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -158,8 +159,9 @@ def test_a_short_training_learns(tmp_path: Path, config) -> None:
         token_ids=torch.zeros(4, 16, dtype=torch.int64),
         lengths=torch.full((4,), 3),
         flow=torch.full((4,), 5.0),
+        crosses=torch.zeros(4),
     )
-    images = Latents(data.latents[:, :, :1], data.token_ids, data.lengths, data.flow)
+    images = replace(data, latents=data.latents[:, :, :1])
     phases = [Phase(1, 16, 20, 3e-3), Phase(3, 16, 60, 3e-3)]
     model = Nova(config, alpha_bars())
     train_nova.train_nova(model, tmp_path / "nova", images, data, 0, phases)
