@@ -9,13 +9,14 @@ SOURCES := $(shell find calibration engines nova_export reference_model -name '*
 DEMO_CHECKPOINT := reference_model/demo/checkpoint
 DEMO_PROMPT := a red circle moving right
 
-.PHONY: help demo demo-train eval test slow lint format bench clean
+.PHONY: help demo demo-train eval test slow test-engines lint format bench clean
 
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
 	@echo "make eval    score the demo bundle with ShapesEval, in minutes"
 	@echo "make test    the tests"
 	@echo "make slow    the heavy tests only"
+	@echo "make test-engines  all that compiles engines, heavy ones too"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff sort imports and format"
 	@echo "make bench   time the demo bundle on this machine"
@@ -38,6 +39,9 @@ test: $(VENV)/dev.stamp
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
+
+test-engines: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "slow or not slow" tests/engine
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -34,7 +34,12 @@ def data_bytes(bundle: Bundle, stage: str) -> int:
     return bundle.files[f"{stage}.onnx.data"].size
 
 
-@pytest.mark.parametrize("name", ["t2i", "t2v", "t2v-rope", "demo"])
+HEAVY = pytest.mark.slow  # with these the tests would be too long for every change: make test-engines
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("t2i", marks=HEAVY), pytest.param("t2v-rope", marks=HEAVY), "t2v", "demo"]
+)
 def test_every_stage_in_fp16(name: str, tmp_path: Path) -> None:
     bundle = built(name, tmp_path / "bundle", "--precision", "fp16")
     engines = bundle.engines["rtx-40"]
@@ -47,6 +52,7 @@ def test_every_stage_in_fp16(name: str, tmp_path: Path) -> None:
         assert engine.weight_bytes < 1.2 * data_bytes(bundle, stage) + 50_000, stage  # held once, in 16 bits
 
 
+@HEAVY
 def test_encoders_in_int8(tmp_path: Path) -> None:
     """Weights in 8 bits are so in the engine. Building anew keeps engines whose graphs are the same."""
     whole = built("t2i", tmp_path / "whole", "--no-engines")
