@@ -194,6 +194,11 @@ def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
     return digest.hexdigest()
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest keeps of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():

@@ -12,14 +12,14 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nova_export import __version__
 from nova_export.demo import cache_folder
-from nova_export.engine.flavour import FLAVOURS
+from nova_export.engine.flavour import FLAVOURS, Flavour
 from nova_export.errors import DependencyError
 from nova_export.targets import TARGETS
 
@@ -51,7 +51,8 @@ def run_command(command: Sequence[str]) -> str:
 
 def examine(root: Path = Path("/"), run: Run = run_command) -> list[Finding]:
     """Everything, in the order of a reader's questions. root: of the files of the system."""
-    gpus = _gpus(run)
+    gpus, export = _gpus(run), _export()
+    versions = {name: _version(each) for name, each in FLAVOURS.items()}
     return [
         Finding("nova-export", f"{__version__}, Python {platform.python_version()}"),
         Finding("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"),
@@ -62,9 +63,9 @@ def examine(root: Path = Path("/"), run: Run = run_command) -> list[Finding]:
         *gpus,
         _onnxruntime(),
         _video(),
-        _export(),
-        *_flavours(),
-        *_abilities(gpus),
+        export,
+        *_flavours(versions),
+        *_abilities(gpus, export, versions),
     ]
 
 
@@ -168,29 +169,29 @@ def _export() -> Finding:
         return Finding("export", None, f"{error}; to build bundles: pip install 'nova-export[export]'")
 
 
-def _flavours() -> Iterator[Finding]:
-    for each in FLAVOURS.values():
-        try:
-            yield Finding(each.name, str(each.load().__version__))
-        except DependencyError:
-            yield Finding(each.name, None, f"to compile engines: pip install 'nova-export[{each.extra}]'")
+def _version(flavour: Flavour) -> str | None:
+    try:
+        return str(flavour.load().__version__)
+    except DependencyError:
+        return None
 
 
-def _abilities(gpus: list[Finding]) -> Iterator[Finding]:
-    there = {name for name, each in FLAVOURS.items() if _is_there(each.module)}
-    engines = [each.name for each in TARGETS if each.runtime in there and (each.compute_capability or gpus)]
-    can = ["bundles"] if _export().value else []
+def _flavours(versions: Mapping[str, str | None]) -> Iterator[Finding]:
+    for name, each in FLAVOURS.items():
+        fix = "" if versions[name] else f"to compile engines: pip install 'nova-export[{each.extra}]'"
+        yield Finding(each.name, versions[name], fix)
+
+
+def _abilities(gpus: list[Finding], export: Finding, versions: Mapping[str, str | None]) -> Iterator[Finding]:
+    engines = [
+        each.name
+        for each in TARGETS
+        if each.runtime and versions[each.runtime] and (each.compute_capability or gpus)
+    ]
+    can = ["bundles"] if export.value else []
     can += [f"engines for {', '.join(engines)}"] if engines else []
     yield Finding("can build", "; ".join(can) or "nothing")
     yield Finding("can run", "bundles on the CPU; engines are not run yet")
-
-
-def _is_there(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError):
-        return False
-    return True
 
 
 def _read(path: Path) -> str:

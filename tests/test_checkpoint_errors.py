@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nova_export.bundle import file_entry
 from nova_export.errors import CheckpointError
 from nova_export.export import build
 from nova_export.export.build import build_bundle
-from nova_export.export.work_folder import file_entry
 from reference_model.checkpoint import load_module
 from tests.command_line import nova_export, only_error
 from tests.conftest import GOLDEN

@@ -14,10 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nova_export.bundle import MANIFEST, Bundle, EngineEntry, sha256
+from nova_export.bundle import MANIFEST, Bundle, EngineEntry, file_entry, sha256
 from nova_export.engine.compiler import CompileJob, Shape, compile_engine
 from nova_export.engine.flavour import flavour, machine_capability
 from nova_export.errors import OutputError, UsageError
+from nova_export.runtime.media import write_whole
 from nova_export.spec import Stage
 from nova_export.stages import Limits, stages
 from nova_export.targets import TARGETS, Target, find
@@ -132,15 +133,10 @@ def _listed(bundle: Bundle, target: str, name: str, engine: EngineEntry) -> Bund
     engines = manifest.setdefault("engines", {}).setdefault(target, {})
     if name in engines:
         manifest["files"].pop(engines[name]["file"], None)
-    file = bundle.path(engine.file)
     engines[name] = {**asdict(engine), "spec": engine.spec.to_dict()}
-    manifest["files"][engine.file] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    manifest["files"][engine.file] = file_entry(bundle.path(engine.file))
+    text = json.dumps(manifest, indent=1)
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
     return Bundle.open(bundle.folder)
 
 

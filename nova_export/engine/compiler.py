@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nova_export.child import environment, memory
 from nova_export.engine.flavour import FLAVOURS
 from nova_export.errors import ExportError, NovaExportError
 from nova_export.onnx_files import module_of
+from nova_export.runtime.media import write_whole
 
 NO_KERNEL = "not supported by a dedicated kernel"  # how TensorRT says that an attention is not fused
 MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
@@ -55,12 +57,10 @@ class Compiled:
 
 def compile_engine(job: CompileJob, report: Report = lambda doing: None) -> Compiled:
     """Write `job.out`, whole or not at all. Raises ExportError with what TensorRT says, and where."""
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "nova_export.engine.compiler"],
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -119,11 +119,9 @@ def _compile(job: CompileJob, report: Report) -> Compiled:
     if plan is None:
         said = logger.errors[-1] if logger.errors else "it does not say why"
         raise ExportError(f"{name} cannot compile {job.graph}: {said}")
-    partial = Path(f"{job.out}.partial")
-    partial.write_bytes(memoryview(plan))
-    partial.replace(job.out)
-    memory, seconds = logger.memory, round(time.monotonic() - started, 2)
-    return Compiled(attention, memory.get("Activation"), memory.get("Weights"), _peak(), seconds)
+    write_whole(Path(job.out), lambda file: file.write_bytes(memoryview(plan)))
+    found, peak, seconds = logger.memory, memory("VmHWM"), round(time.monotonic() - started, 2)
+    return Compiled(attention, found.get("Activation"), found.get("Weights"), peak, seconds)
 
 
 def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Report) -> tuple[Any, str | None]:
@@ -161,12 +159,6 @@ def _capability(trt: Any, version: str) -> Any:
         known = ", ".join(sorted(each for each in dir(trt.ComputeCapability) if each.startswith("SM")))
         raise ExportError(f"this version, {trt.__version__}, compiles for {known}, not for {name}")
     return getattr(trt.ComputeCapability, name)
-
-
-def _peak() -> int:
-    """High water of this process's memory in bytes; getrusage would count that of what started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _explained(parser: Any, graph: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import nova_export
 from calibration.statistics import Statistics
-from nova_export.bundle import FORMAT_VERSION, MANIFEST, sha256
+from nova_export.bundle import FORMAT_VERSION, MANIFEST, file_entry, sha256
 from nova_export.config import NovaConfig
 from nova_export.errors import BundleError, CheckpointError, UsageError
 from nova_export.export.build_stage import Job, Report, build_stage
@@ -27,7 +27,6 @@ from nova_export.export.work_folder import (
     adopt,
     adopt_engines,
     check_out,
-    file_entry,
     publish,
     read_record,
     work_folder,

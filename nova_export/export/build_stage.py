@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from calibration.statistics import Statistics
+from nova_export.bundle import file_entry
 from nova_export.config import NovaConfig
 from nova_export.errors import ExportError
 from nova_export.export.onnx_export import export_onnx
@@ -24,7 +25,7 @@ from nova_export.export.quantization import FloatSource, compare_on_runs, quanti
 from nova_export.export.sensitivity import spared_layers
 from nova_export.export.speed import median_seconds
 from nova_export.export.verify import check_cases, reference_cases
-from nova_export.export.work_folder import adopt, file_entry, read_record
+from nova_export.export.work_folder import adopt, read_record
 from nova_export.runtime.runner import OrtRunner
 from nova_export.spec import Stage
 from nova_export.targets import FP32, Precision, Target, contained

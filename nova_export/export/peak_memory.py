@@ -7,14 +7,15 @@ generation is counted from the bare interpreter, a stage from when libraries are
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from nova_export.child import environment, memory
+
+CLEAR = Path("/proc/self/clear_refs")
 
 
 def measure(job: Mapping[str, Any]) -> int | None:
@@ -23,21 +24,10 @@ def measure(job: Mapping[str, Any]) -> int | None:
     A stage's job: "kind", "bundle", "stage", "sizes", "checkpoint", "threads". A generation's has "arguments"
     of the call in place of "stage" and "sizes".
     """
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "nova_export.export.peak_memory"]
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, input=json.dumps(job), env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(job), env=environment(), capture_output=True, text=True)
     last = done.stdout.strip().rpartition("\n")[2]
     return int(last) if done.returncode == 0 and last.isdigit() else None
-
-
-def _status(key: str) -> int:
-    """A value of /proc/self/status in bytes. Unlike getrusage's, it starts anew with the program."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def _stage(job: Mapping[str, Any]) -> int:
@@ -48,15 +38,15 @@ def _stage(job: Mapping[str, Any]) -> int:
     subject = Subject.of(Bundle.open(job["bundle"]), job["stage"], job["sizes"], checkpoint)
     inputs = subject.inputs()
     CLEAR.write_text("5")  # high water down to what is held now
-    before = _status("VmRSS")
+    before = memory("VmRSS")
     with contenders([job["kind"]], subject, inputs, job["threads"]) as runs:
         for _ in range(2):
             runs[job["kind"]]()
-    return _status("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 def _generation(job: Mapping[str, Any]) -> int:
-    before = _status("VmRSS")
+    before = memory("VmRSS")
     if job["kind"] == "onnx":
         import nova_export
 
@@ -70,7 +60,7 @@ def _generation(job: Mapping[str, Any]) -> int:
         if job["threads"]:
             torch.set_num_threads(job["threads"])
         EagerPipeline.from_checkpoint(job["checkpoint"])(**job["arguments"])
-    return _status("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import onnx_ir as ir
 
 from nova_export.bundle import sha256
-from nova_export.errors import InputError, OutputError
+from nova_export.errors import InputError
 from nova_export.export.precision import judge
 from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage, quantized_layers
+from nova_export.runtime.media import write_whole
 from nova_export.targets import Precision, Target
 
 Report = Callable[[int], object]  # layers done
@@ -133,9 +134,5 @@ def _read(path: Path, origin: str) -> dict[str, float]:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    text = json.dumps(data, indent=1)
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))

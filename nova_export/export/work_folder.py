@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nova_export.bundle import MANIFEST, is_inside, sha256
+from nova_export.bundle import MANIFEST, file_entry, is_inside
 from nova_export.errors import BundleError, OutputError, UsageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -148,7 +148,3 @@ def adopt(record: dict[str, Any], folder: Path, work: Path) -> bool:
     except (OSError, BundleError):
         return False
     return True
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256(path)}

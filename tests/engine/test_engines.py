@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nova_export.bundle import MANIFEST, Bundle
+from nova_export.bundle import MANIFEST, Bundle, file_entry
 from nova_export.config import NovaConfig
 from nova_export.engine import build, compiler, flavour
 from nova_export.engine.build import build_engines, profile
@@ -115,7 +115,7 @@ def test_what_changed_is_compiled_again_and_why(bundle: Path, monkeypatch: pytes
     graph = bundle / "condition.onnx"
     graph.write_bytes(graph.read_bytes() + b"\x32\x01x")  # a doc string: another file, the same graph
     files = json.loads((bundle / MANIFEST).read_text())["files"]
-    files[graph.name] = build_entry(graph)
+    files[graph.name] = file_entry(graph)
     edit(bundle, files=files)
     assert compiled(done(bundle, only=two)) == {"condition": "compiling (another graph)"}
 
@@ -140,12 +140,6 @@ def version() -> str:
     from importlib.metadata import version
 
     return version("tensorrt-rtx-cu13")
-
-
-def build_entry(path: Path) -> dict[str, Any]:
-    from nova_export.export.work_folder import file_entry
-
-    return file_entry(path)
 
 
 def test_a_graph_that_cannot_be_read_is_explained(bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Programs of this package in processes of their own, and the memory that they came to need."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+
+
+def environment() -> dict[str, str]:
+    """In which `python -m nova_export...` finds this package, installed or not."""
+    root = str(Path(__file__).parents[1])
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": paths}
+
+
+def memory(key: str) -> int:
+    """A value of /proc/self/status in bytes. Unlike getrusage's, VmHWM starts anew with the program."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
