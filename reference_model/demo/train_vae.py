@@ -20,7 +20,10 @@ from reference_model.demo.vae import Vae, inflate
 # Single images first, which cost a ninth of a clip and teach nearly everything.
 PHASES = (Phase(1, 12, 1400, 4e-4), Phase(5, 4, 500, 4e-4), Phase(9, 4, 300, 3e-4), Phase(9, 4, 600, 3e-4))
 # Afterwards, as latents stay what they are then: sharper edges, on which the outline of a small cross hangs.
-DECODER_PHASES = (Phase(9, 4, 300, 1e-4, only="decode_stage", cross_weight=2.5),)
+DECODER_PHASES = (
+    Phase(9, 4, 300, 1e-4, only="decode_stage", cross_weight=2.5),
+    Phase(9, 4, 3500, 2e-4, only="decode_stage", cross_weight=2.5, latent_noise=0.3),
+)
 KL_WEIGHT = 1e-4  # of the mean over latent elements
 
 
@@ -30,6 +33,7 @@ def train_vae(vae: Vae, folder: Path, seed: int, phases: Sequence[Phase] = PHASE
     Goes on from `folder` where a run was stopped.
     """
     device = next(vae.parameters()).device
+    decode = torch.compile(vae.decode_stage, dynamic=False)  # 1.3 times as fast
 
     def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
         pixels = _batch(rng, phase).to(device)
@@ -41,7 +45,8 @@ def train_vae(vae: Vae, folder: Path, seed: int, phases: Sequence[Phase] = PHASE
                     pairs = zip(split, (mean, logvar), strict=True)
                     mean, logvar = (torch.cat([s, m[1::2]]) for s, m in pairs)
                     pixels = torch.cat([pixels[::2], pixels[1::2]])
-            decoded = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+            noise = (logvar.exp() + (phase.latent_noise * torch.rand(len(mean), 1, 1, 1, 1, device=device)) ** 2).sqrt()
+            decoded = decode(mean + noise * torch.randn_like(mean)).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         beta = 0.05 if phase.frames > 1 else 0.0  # where nearly right, signs of errors are bfloat16's
         l1, mse = F.smooth_l1_loss(decoded, pixels, beta=beta), F.mse_loss(decoded, pixels)

@@ -33,9 +33,11 @@ class CausalConv3d(nn.Conv3d):
 
         oneDNN's gradient of 3D convolutions in bfloat16 is wrong for many sizes, up to NaN (torch 2.13).
         """
-        stacked = x.unfold(2, self.kernel_size[0], self.stride[0])  # (B, C, T, H, W, taps)
-        frames = stacked.shape[2]
-        stacked = stacked.permute(0, 2, 5, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # (B*T, taps*C, H, W)
+        taps, step = self.kernel_size[0], self.stride[0]
+        frames = (x.shape[2] - taps) // step + 1
+        x = x.transpose(1, 2)
+        past = [x[:, tap : tap + (frames - 1) * step + 1 : step] for tap in range(taps)]
+        stacked = torch.cat(past, dim=2).flatten(0, 1)  # (B*T, taps*C, H, W)
         weight = self.weight.transpose(1, 2).flatten(1, 2)
         out = F.conv2d(stacked, weight, self.bias, self.stride[1:], self.padding[1:])
         return frames_of(out, frames)
