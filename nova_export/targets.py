@@ -15,7 +15,8 @@ from nova_export.toml_file import read_toml
 
 @dataclass(frozen=True)
 class Target:
-    """Where a bundle runs. `opset` of its graphs; 23 has Attention, which ONNX Runtime fuses.
+    """Where a bundle runs. `opset` of its graphs; 23 has Attention, which runtimes fuse, and 21 weights in
+    integers with a scale a block.
 
     kernels: the number types that it computes in. Others are stored, and computed in float32. signed_inputs:
     whether 8-bit inputs of layers are signed, with their zero at 0, as TensorRT wants them. runtime: what
@@ -45,8 +46,9 @@ class Precision:
     the residuals, stay in float32 then. weights: "int8" or "int4", how the weights of linear layers are
     stored, with a scale for every `block` input channels or, without, every output channel.
     inputs: whether the inputs of these layers are in 8 bits too. stages: those that it is for; others stay in
-    fp32. least_snr: the gate, in dB against float32, that every output of every stage must pass, or the stage
-    is not written. fastest_of: names of precisions; a stage gets the fastest of them that passes its gate.
+    fp32. instead: stages that have another precision in its place. least_snr: the gate, in dB against
+    float32, that every output of every stage must pass, or the stage is not written. fastest_of: names of
+    precisions; a stage gets the fastest of them that passes its gate.
     """
 
     name: str
@@ -56,11 +58,16 @@ class Precision:
     block: int | None = None
     inputs: bool = False
     stages: tuple[str, ...] | None = None
+    instead: tuple[tuple[str, str], ...] = ()
     least_snr: float | None = None
     fastest_of: tuple[str, ...] = ()
 
     def is_for(self, stage: str) -> bool:
         return self.stages is None or stage in self.stages
+
+    def of_stage(self, stage: str) -> Precision:
+        """What a stage is in, where the whole bundle is asked for in this precision."""
+        return find(PRECISIONS, dict(self.instead).get(stage, self.name)) if self.is_for(stage) else FP32
 
 
 CPU = Target("cpu", opset=23, kernels=("float32", "float16"), device="any CPU")
@@ -71,7 +78,11 @@ FP32 = Precision("fp32")
 PRECISIONS = (
     FP32,
     Precision("fp16", half="float16", least_snr=45.0),
-    Precision("bf16", half="bfloat16", float_sums=True, least_snr=30.0),
+    # Guidance adds up differences of the head's passes, many times as large as they were, and bfloat16's
+    # errors with them: 27 dB of frames, where 8 bits elsewhere leave 42.
+    Precision(
+        "bf16", half="bfloat16", float_sums=True, least_snr=30.0, instead=(("diffusion_head", "fp16"),)
+    ),
     Precision("int8", weights="int8", inputs=True, stages=ENCODERS, least_snr=20.0),
     Precision("int8-weights", weights="int8", block=64, stages=ENCODERS, least_snr=20.0),
     Precision("int4-weights", weights="int4", block=32, stages=("text_encoder",), least_snr=15.0),
@@ -93,7 +104,7 @@ def _gpu_targets() -> Iterator[Target]:
     """Those of engines/targets, a TOML file each."""
     for path in sorted(Path(str(files("engines") / "targets")).glob("*.toml")):
         kernels = ("float32", "float16", "bfloat16")
-        yield Target(path.stem, opset=23, kernels=kernels, signed_inputs=True, **read_toml(path))
+        yield Target(path.stem, kernels=kernels, signed_inputs=True, **{"opset": 23, **read_toml(path)})
 
 
 TARGETS = (CPU, *_gpu_targets())

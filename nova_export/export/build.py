@@ -35,12 +35,13 @@ from nova_export.export.work_folder import (
 from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
-from nova_export.targets import FP32, PRECISIONS, TARGETS, Precision, contained, find
+from nova_export.targets import PRECISIONS, TARGETS, Precision, contained, find
 from reference_model.checkpoint import Weights, check_weights
 from reference_model.tokenizer import read_tokenizer
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "diffusers", "numpy")
 TOKENIZER = "tokenizer.json"
+BLOCKS_OPSET = 21  # the first whose DequantizeLinear takes blocks
 
 
 def build_bundle(
@@ -87,6 +88,12 @@ def build_bundle(
         raise UsageError(
             f"auto takes what is fastest on this machine, which says nothing of {target}; name a precision"
         )
+    for name, each in job.precisions.items():
+        if job.target.opset < BLOCKS_OPSET and each.block:
+            raise UsageError(
+                f"stage {name}: {each.name} has scales for blocks of weights, which target {target} cannot "
+                "read; name fp16 or int8"
+            )
     check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
     _check_checkpoint(job, specs)
@@ -138,8 +145,8 @@ def _precisions(
         preset = find(PRECISIONS, wanted)
         if not preset.is_for(name):
             raise UsageError(f"{wanted} is not for stage {name}; it is for {', '.join(preset.stages or ())}")
-    chosen = {name: find(PRECISIONS, own.get(name, precision)) for name in specs}
-    return {name: preset if preset.is_for(name) else FP32 for name, preset in chosen.items()}
+    of_all = find(PRECISIONS, precision)
+    return {name: find(PRECISIONS, own[name]) if name in own else of_all.of_stage(name) for name in specs}
 
 
 def _float_paths(out: Path) -> tuple[Path, Path, Path]:

@@ -142,7 +142,7 @@ def _float_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
     module = load_module(spec, job.config, job.checkpoint)
     graph = _fresh_graph(spec, work)
     report(spec.name, "exporting")
-    export_onnx(spec, module, graph)
+    export_onnx(spec, module, graph, job.target.opset)
     precision = job.precisions[spec.name]
     gated = precision.half is not None  # what cannot pass its gate is not written, asked to verify or not
     checked = job.verify or gated

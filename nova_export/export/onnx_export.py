@@ -16,6 +16,7 @@ from torch import nn
 
 from nova_export.errors import ExportError
 from nova_export.export.passes import NAMESPACE
+from nova_export.export.passes.decompose import decompose
 from nova_export.spec import Stage, Tensor
 
 OPSET = 23  # the first with Attention
@@ -45,8 +46,10 @@ def example_inputs(stage: Stage, sizes: Mapping[str, int]) -> dict[str, torch.Te
     return {t.name: torch.zeros(shapes[t.name], dtype=getattr(torch, t.dtype)) for t in stage.inputs}
 
 
-def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
+def export_onnx(stage: Stage, module: nn.Module, path: Path, opset: int = OPSET) -> None:
     """Write `path` and, beside it, `path`.data with the weights.
+
+    opset: OPSET, or an older one, for which late operators are decomposed.
 
     Raises:
         ExportError: the exporter failed, or its graph has other inputs or outputs than the spec.
@@ -77,6 +80,8 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path) -> None:
     fold_constants(program.model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE)  # parts of weights
     for initializer in list(graph.initializers.values()):
         initializer.name = str(initializer.name).removeprefix("module.")
+    if opset < OPSET:
+        decompose(program.model, opset)
     program.save(path, external_data=True)
     for initializer in graph.initializers.values():
         initializer.const_value = None  # the exporter's rewrite rules keep the last graph alive
