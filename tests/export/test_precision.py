@@ -265,10 +265,8 @@ def test_a_build_in_half_precision(
     )
     assert result.code == 0, result.err
     bundle = Bundle.open(out)
-    assert {n: entry.precision for n, entry in bundle.stages.items() if n != "vae_decoder"} == dict.fromkeys(
-        bundle.stages.keys() - {"vae_decoder"}, name
-    )
-    assert bundle.stages["vae_decoder"].precision == "fp32"
+    wanted = {**dict.fromkeys(bundle.stages, name), "vae_decoder": "fp32", "diffusion_head": "fp16"}
+    assert {stage: entry.precision for stage, entry in bundle.stages.items()} == wanted
     for stage, entry in bundle.stages.items():
         assert entry.verified is not None
         assert stage == "vae_decoder" or (entry.verified["snr_db"] or math.inf) > 30
