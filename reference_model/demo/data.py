@@ -51,6 +51,11 @@ class Clip:
     def has_cross(self) -> bool:
         return any(shape == "cross" for _, shape in self.scene.figures)
 
+    @property
+    def is_lit(self) -> bool:
+        """Whether the background is not black."""
+        return any(self.scene.background_colour)
+
 
 @dataclass(frozen=True)
 class Track:

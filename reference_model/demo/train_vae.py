@@ -45,8 +45,9 @@ def train_vae(vae: Vae, folder: Path, seed: int, phases: Sequence[Phase] = PHASE
                     pairs = zip(split, (mean, logvar), strict=True)
                     mean, logvar = (torch.cat([s, m[1::2]]) for s, m in pairs)
                     pixels = torch.cat([pixels[::2], pixels[1::2]])
-            noise = (logvar.exp() + (phase.latent_noise * torch.rand(len(mean), 1, 1, 1, 1, device=device)) ** 2).sqrt()
-            decoded = decode(mean + noise * torch.randn_like(mean)).float()
+            more = phase.latent_noise * torch.rand(len(mean), 1, 1, 1, 1, device=device)
+            noise = (logvar.exp() + more.square()).sqrt() * torch.randn_like(mean)
+            decoded = decode(mean + noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         beta = 0.05 if phase.frames > 1 else 0.0  # where nearly right, signs of errors are bfloat16's
         l1, mse = F.smooth_l1_loss(decoded, pixels, beta=beta), F.mse_loss(decoded, pixels)

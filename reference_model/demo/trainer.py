@@ -34,6 +34,7 @@ class Phase:
     muon: whether Muon trains the matrices of the blocks; AdamW trains the rest, with steps as large.
     most_snr: signal to noise ratio of the diffusion loss from which on noise levels weigh less.
     cross_weight: how much more often than others a sample with a cross is drawn, the hardest outline.
+    lit_weight: the same of a sample before another background than black, which most prompts leave it at.
     latent_noise: greatest deviation of noise on the latents of a clip, for a decoder that takes a
     transformer's errors.
     """
@@ -46,6 +47,7 @@ class Phase:
     muon: bool = False
     most_snr: float = math.inf
     cross_weight: float = 1.0
+    lit_weight: float = 1.0
     latent_noise: float = 0.0
 
 
