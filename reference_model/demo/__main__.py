@@ -50,6 +50,8 @@ def main(work: Path, out: Path, start: Path | None) -> None:
         train_vae.train_vae(vae, work / "vae", SEED, done=len(before["vae"]))
         train_vae.even_latents(vae, SEED)
     decoding = train_vae.DECODER_PHASES
+    if len(before["decoder"]) < len(decoding):
+        vae.compile_decoder()
     train_vae.train_vae(vae, work / "decoder", SEED, decoding, done=len(before["decoder"]))
 
     images = make_latents(vae, tokenizer, work / "images.safetensors", SEED, train_nova.IMAGES, 1)

@@ -28,7 +28,7 @@ class Exports:
         self.done: list[str] = []
         self.stop: dict[str, Stop] = {}  # what to do at a stage, instead of finishing it
 
-    def __call__(self, spec: Any, module: torch.nn.Module, path: Path) -> None:
+    def __call__(self, spec: Any, module: torch.nn.Module, path: Path, opset: int = 23) -> None:
         text = f"{spec.name} {sum(float(p.double().sum()) for p in module.state_dict().values())!r}".encode()
         path.write_bytes(b"\x32" + bytes([len(text)]) + text)  # ModelProto.doc_string
         if spec.name in self.stop:

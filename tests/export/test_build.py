@@ -197,11 +197,11 @@ def test_verifying_catches_a_graph_with_another_weight(
 ) -> None:
     real = build_stage.export_onnx
 
-    def broken(spec: Any, module: Any, path: Path) -> None:
+    def broken(spec: Any, module: Any, path: Path, opset: int) -> None:
         weight = module.text_embed.norm.bias
         kept = weight.clone()
         weight[0] += by
-        real(spec, module, path)
+        real(spec, module, path, opset)
         weight.copy_(kept)
 
     only(monkeypatch, "condition")

@@ -143,8 +143,8 @@ def _put_in_place(graph: ir.Graph, node: ir.Node, tape: Tape, value: ir.Value) -
     for constant in tape.initializers:
         graph.register_initializer(constant)
     graph.insert_before(node, tape.nodes)
-    value.shape, value.dtype = old.shape, old.dtype
-    name = old.name
+    assert old.dtype is not None
+    value.shape, value.dtype, name = old.shape, old.dtype, old.name
     old.replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     value.name = name
