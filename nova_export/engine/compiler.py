@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,9 @@ def compile_engine(job: CompileJob, report: Report = lambda doing: None) -> Comp
         )
         try:
             assert process.stdin and process.stdout
-            process.stdin.write(json.dumps(asdict(job)))
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it was ended already; what it said of that comes below
+                process.stdin.write(json.dumps(asdict(job)))
+                process.stdin.close()
             for line in process.stdout:
                 said = json.loads(line)
                 if "doing" in said:

@@ -172,6 +172,7 @@ def test_a_compiler_that_is_killed_is_told(
     def killed(*arguments: Any, **options: Any) -> Any:
         process = started(*arguments, **options)
         process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # gone before it is told its job
         return process
 
     monkeypatch.setattr(compiler.subprocess, "Popen", killed)
