@@ -256,3 +256,11 @@ def test_convolutions_of_single_frames_are_those_of_clips(kernel, stride: int, f
     padded = torch.cat([x[:, :, :1]] * (conv.kernel_size[0] - 1) + [x], dim=2)
     with torch.no_grad():
         assert torch.allclose(conv(x), nn.Conv3d.forward(conv, padded), atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 12.0])
+def test_clips_before_other_backgrounds_are_drawn_oftener(weight: float) -> None:
+    """A third of them is not before black: w / (w + 2) with a weight of w."""
+    phase = Phase(1, 300, 1, 1e-3, lit_weight=weight)
+    corners = train_vae._batch(np.random.default_rng(0), phase)[:, 0, 0, 0, 0]
+    assert float((corners > -1).float().mean()) == pytest.approx(weight / (weight + 2), abs=0.08)

@@ -74,8 +74,9 @@ def test_sees_what_was_drawn(
     assert (view.background, thing.colour, thing.shape) == (background, colour, shape)
     assert abs(thing.x - x) <= 1 and abs(thing.y - y) <= 1.5  # a triangle's tip is too thin to be seen
     area = coverage(shape, *(np.array([v], np.float32) for v in (x, y, size))).sum()
-    # Whole pixels, so half of one on either side of the outline, which is at most 4 sizes long.
-    assert abs(thing.size**2 - area) <= 2 * size + 1
+    # Whole pixels, so half of one on either side of the outline.
+    outline = {"circle": np.pi, "square": 4, "triangle": 1 + np.sqrt(5), "cross": 4}[shape] * size
+    assert abs(thing.size**2 - area) <= outline / 2
 
 
 def test_nothing_is_seen_on_an_empty_frame() -> None:

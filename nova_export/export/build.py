@@ -84,16 +84,7 @@ def build_bundle(
         tools=_tool_versions(),
         code=_code_digest(),
     )
-    if job.target.runtime and any(each.fastest_of for each in job.precisions.values()):
-        raise UsageError(
-            f"auto takes what is fastest on this machine, which says nothing of {target}; name a precision"
-        )
-    for name, each in job.precisions.items():
-        if job.target.opset < BLOCKS_OPSET and each.block:
-            raise UsageError(
-                f"stage {name}: {each.name} has scales for blocks of weights, which target {target} cannot "
-                "read; name fp16 or int8"
-            )
+    _check_target(job)
     check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
     _check_checkpoint(job, specs)
@@ -147,6 +138,22 @@ def _precisions(
             raise UsageError(f"{wanted} is not for stage {name}; it is for {', '.join(preset.stages or ())}")
     of_all = find(PRECISIONS, precision)
     return {name: find(PRECISIONS, own[name]) if name in own else of_all.of_stage(name) for name in specs}
+
+
+def _check_target(job: Job) -> None:
+    """Raises UsageError for a precision that a target cannot have."""
+    target = job.target
+    for stage, precision in job.precisions.items():
+        if target.runtime and precision.fastest_of:
+            raise UsageError(
+                f"auto takes what is fastest on this machine, which says nothing of {target.name}; name a "
+                "precision"
+            )
+        if target.opset < BLOCKS_OPSET and precision.block:
+            raise UsageError(
+                f"stage {stage}: {precision.name} has scales for blocks of weights, which target "
+                f"{target.name} cannot read; name fp16 or int8"
+            )
 
 
 def _float_paths(out: Path) -> tuple[Path, Path, Path]:

@@ -153,7 +153,7 @@ def train_nova(
     def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
         alone = rng.random() < IMAGE_SHARE[phase.frames > 1]
         data, frames = (images, 1) if alone else (clips, phase.frames)
-        weights = phase.cross_weight ** data.crosses.numpy() * phase.lit_weight ** data.lit.numpy()
+        weights = phase.weight(data.crosses.numpy(), data.lit.numpy())
         rows = torch.from_numpy(rng.choice(len(weights), phase.batch, p=weights / weights.sum()))
         told, kept = (torch.from_numpy(rng.random(phase.batch)) for _ in range(2))
         lengths = data.lengths[rows] * (kept >= TEXT_DROPOUT)

@@ -99,10 +99,12 @@ def psnr(vae: Vae, frames: int, count: int = 22) -> float:
 
 def _batch(rng: np.random.Generator, phase: Phase) -> Tensor:
     """Clips cut to the phase's frames; half of the images are of one or two shapes instead."""
+    most = phase.weight(True, True)
 
     def sample(index: int) -> Clip:
         clip = sample_image(rng) if phase.frames == 1 and index % 2 else sample_clip(rng)
-        return clip if clip.has_cross or rng.random() * phase.cross_weight < 1 else sample(index)
+        weight = phase.weight(clip.has_cross, clip.is_lit)
+        return clip if weight == most or rng.random() * most < weight else sample(index)
 
     return to_pixels([sample(index).frames[: phase.frames] for index in range(phase.batch)])
 

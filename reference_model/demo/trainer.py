@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,10 @@ class Phase:
     cross_weight: float = 1.0
     lit_weight: float = 1.0
     latent_noise: float = 0.0
+
+    def weight(self, crosses: Any, lit: Any) -> Any:
+        """How much more often than the plainest a sample is drawn: of one, or arrays of them, 0 or 1."""
+        return self.cross_weight**crosses * self.lit_weight**lit
 
 
 class Trainer:

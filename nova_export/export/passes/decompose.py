@@ -18,7 +18,6 @@ from onnx_ir.tape import Tape
 from nova_export.errors import ExportError
 
 MASKED = -30000.0  # a score that leaves nothing after the softmax, and that float16 holds
-FLOAT = ir.DataType.FLOAT
 
 
 def decompose(model: ir.Model, opset: int) -> Counter[str]:
@@ -54,9 +53,10 @@ def _attention(node: ir.Node, tape: Tape) -> ir.Value:
     masks = [mask] if mask is not None else []
     if "is_causal" in node.attributes and node.attributes["is_causal"].as_int():
         masks.append(_causal(node, tape, query, key))
+    masked = _constant(tape, node, "masked", MASKED)
     for each in masks:
         if each.dtype == ir.DataType.BOOL:
-            scores = tape.op("Where", [each, scores, _constant(tape, node, "masked", MASKED)])
+            scores = tape.op("Where", [each, scores, masked])
         else:
             scores = tape.op("Add", [scores, each])
     return tape.op("MatMul", [tape.op("Softmax", [scores], {"axis": -1}), value])
@@ -114,7 +114,7 @@ def _only(node: ir.Node, inputs: int, **attributes: float) -> None:
     """Refuse further inputs, outputs in use, and attributes other than these."""
     further = [value for value in node.inputs[inputs:] if value is not None]
     if further or any(value.uses() for value in node.outputs[1:]):
-        raise ExportError(f"node {node.name}: {node.op_type} with further inputs cannot be decomposed")
+        raise ExportError(f"node {node.name}: {node.op_type} with a cache or positions cannot be decomposed")
     for name, value in attributes.items():
         if name in node.attributes and (given := node.attributes[name].value) != value:
             raise ExportError(f"node {node.name}: {node.op_type} with {name} {given} cannot be decomposed")
