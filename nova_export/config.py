@@ -6,9 +6,10 @@ Everything that depends on the model's sizes (stages, exporter, runtime) reads i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from nova_export.errors import CheckpointError
 
 MOTION_TOKENS = 2  # flow, then fps
 FREQUENCIES = 256  # sin and cos of 128 frequencies: timestep, frame and motion embeddings alike
+PUBLISHED_GUIDANCE_SCALE = 5.0  # of the published pipeline
+GENERATION_CONFIG = "generation_config.json"  # optional; as of transformers
 NUM_CLASSES = 1000  # class-conditional checkpoints; id 1000 is the null class
 
 _VIT = re.compile(r"vit_d(\d+)w(\d+)")
@@ -87,7 +90,10 @@ def vae_tiling(vae: Mapping[str, Any]) -> Tiling:
 
 @dataclass(frozen=True)
 class NovaConfig:
-    """Sizes of one NOVA checkpoint. Latents are (C, h, w); N image tokens a frame."""
+    """Sizes of one NOVA checkpoint. Latents are (C, h, w); N image tokens a frame.
+
+    guidance_scale: where a caller names none.
+    """
 
     temporal: Vit
     spatial: Vit
@@ -104,6 +110,7 @@ class NovaConfig:
     text_encoder: Mapping[str, Any] | None
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
+    guidance_scale: float = PUBLISHED_GUIDANCE_SCALE
 
     @property
     def is_video(self) -> bool:
@@ -162,15 +169,17 @@ class NovaConfig:
         vae: Mapping[str, Any],
         scheduler: Mapping[str, Any],
         text_encoder: Mapping[str, Any] | None,
+        generation: Mapping[str, Any] | None = None,
     ) -> NovaConfig:
         """Read the parts' own configs. Raises CheckpointError on a missing or impossible value."""
         try:
-            return cls._from_parts(transformer, vae, scheduler, text_encoder)
+            config = cls._from_parts(transformer, vae, scheduler, text_encoder)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
             raise CheckpointError(
                 f"transformer/config.json {what}; is it a NOVATransformer3DModel's?"
             ) from error
+        return replace(config, guidance_scale=_guidance_scale(generation or {}))
 
     @classmethod
     def _from_parts(
@@ -248,12 +257,13 @@ class NovaConfig:
         """Read `folder`'s config files. Raises CheckpointError, naming the file."""
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint folder")
-        text_encoder = folder / "text_encoder" / "config.json"
+        text_encoder, generation = folder / "text_encoder" / "config.json", folder / GENERATION_CONFIG
         return cls.from_parts(
             transformer=read_config(folder / "transformer" / "config.json"),
             vae=read_config(folder / "vae" / "config.json"),
             scheduler=read_config(folder / "scheduler" / "scheduler_config.json"),
             text_encoder=read_config(text_encoder) if text_encoder.exists() else None,
+            generation=read_config(generation) if generation.exists() else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -300,6 +310,15 @@ def _arch(pattern: re.Pattern[str], name: str, form: str) -> tuple[int, int]:
 def _pair(value: Any) -> tuple[int, int]:
     height, width = (value, value) if isinstance(value, int) else value
     return int(height), int(width)
+
+
+def _guidance_scale(generation: Mapping[str, Any]) -> float:
+    scale = generation.get("guidance_scale", PUBLISHED_GUIDANCE_SCALE)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+        raise CheckpointError(
+            f"{GENERATION_CONFIG}: guidance_scale is {scale!r}; it must be a number, at least 0"
+        )
+    return float(scale)
 
 
 def _values(arch: Vit | Mlp) -> list[int]:

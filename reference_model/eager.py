@@ -114,7 +114,7 @@ class EagerPipeline:
         self, request: Request, draws: Draws, callback: Callback | None, observe: Observe
     ) -> Iterator[Tensor]:
         """Latents (B, C, h, w) of every frame."""
-        config, guider, num_frames = self.config, Guider.of(request), request.max_latent_length
+        config, guider, num_frames = self.config, Guider.of(request, self.config), request.max_latent_length
         scheduler = make_scheduler(config.scheduler, request.num_diffusion_steps, request.flow_shift)
         given = None if request.image is None else self.encode_image(request.image, draws)
         condition = guider.expand_text(self.condition(request))  # (rows, tokens, D)
@@ -174,7 +174,7 @@ class EagerPipeline:
     def condition(self, request: Request) -> Tensor:
         """What stands before the first frame (B or 2 B, tokens, D): prompts, then negative ones if guided."""
         texts = request.prompts(self.config)
-        if request.guidance_scale > 1:
+        if request.guidance(self.config).scale > 1:
             texts = texts + request.negative_prompts(self.config)
         module = self.modules["condition"]
         if self.config.is_class_conditional:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nova_export.config import NovaConfig
 from nova_export.runtime.request import Request
 
 
@@ -27,8 +28,8 @@ class Guider:
     spatiotemporal: float
 
     @classmethod
-    def of(cls, request: Request) -> Guider:
-        scale = request.guidance_scale
+    def of(cls, request: Request, config: NovaConfig) -> Guider:
+        scale = config.guidance_scale if request.guidance_scale is None else request.guidance_scale
         return cls(
             scale=scale,
             final=scale,

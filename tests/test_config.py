@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_what_cannot_be_used_is_refused(part: str, changes: dict[str, Any], word
     made[part] = {**made[part], **changes}
     with pytest.raises(CheckpointError, match=words):
         NovaConfig.from_parts(**made)
+
+
+def test_a_checkpoint_may_bring_its_own_guidance(tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(GOLDEN / "t2v" / "checkpoint", tmp_path / "checkpoint"))
+    assert NovaConfig.from_checkpoint(checkpoint).guidance_scale == 5.0  # as published
+    file = checkpoint / "generation_config.json"
+    file.write_text('{"guidance_scale": 2.5}')
+    assert NovaConfig.from_checkpoint(checkpoint).guidance_scale == 2.5
+    for wrong in ("-1", "NaN", "true", '"3"'):
+        file.write_text('{"guidance_scale": ' + wrong + "}")
+        with pytest.raises(CheckpointError, match=r"generation_config\.json: guidance_scale is"):
+            NovaConfig.from_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("key", ["arch", "image_dim", "image_size", "image_stride", "video_base_size"])

@@ -1,6 +1,7 @@
 """What a caller asks for, checked against the checkpoint before anything runs.
 
-Names and defaults are the published pipeline's; `seed` draws as torch's CPU generator.
+Names and defaults are the published pipeline's, but that a checkpoint may name a guidance_scale of its own;
+`seed` draws as torch's CPU generator.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HELP = {  # one line an argument, for the command line and the docs
     "max_latent_length": "Latent frames to generate; 1 makes an image.",
     "num_inference_steps": "Autoregressive steps of a frame.",
     "num_diffusion_steps": "Denoising steps of each autoregressive step.",
-    "guidance_scale": "Classifier-free guidance; 1 or less turns it off.",
+    "guidance_scale": "Classifier-free guidance; 1 or less is off. If not given, the checkpoint's own, or 5.",
     "min_guidance_scale": "Guidance at the first AR step, growing linearly to guidance_scale at the last.",
     "guidance_trunc": "Below this timestep only the conditional pass counts.",
     "guidance_renorm": "Least factor that scales a guided prediction to the conditional's norm; 1 is off.",
@@ -40,7 +41,6 @@ HELP = {  # one line an argument, for the command line and the docs
 }
 
 NUMBERS = (
-    "guidance_scale",
     "guidance_trunc",
     "guidance_renorm",
     "image_guidance_scale",
@@ -70,7 +70,7 @@ class Request:
     max_latent_length: int = 1
     num_inference_steps: int = 64
     num_diffusion_steps: int = 25
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     min_guidance_scale: float | None = None
     guidance_trunc: float = 0.0
     guidance_renorm: float = 1.0
@@ -95,7 +95,7 @@ class Request:
             _positive(name, getattr(self, name))
         for name in NUMBERS:
             _finite(name, getattr(self, name))
-        for name in ("min_guidance_scale", "flow_shift"):
+        for name in ("guidance_scale", "min_guidance_scale", "flow_shift"):
             if getattr(self, name) is not None:
                 _finite(name, getattr(self, name))
         if self.max_latent_length > 1 and not config.is_video:
@@ -106,9 +106,10 @@ class Request:
             raise UsageError(f"max_latent_length is {self.max_latent_length}; the most is {MAX_FRAMES}")
         if self.image is not None and not config.is_video:
             raise UsageError("image to video needs a video checkpoint; this is an image checkpoint")
-        if self.negative_prompt is not None and self.guidance_scale <= 1:
+        guidance = self.guidance(config)
+        if self.negative_prompt is not None and guidance.scale <= 1:
             raise UsageError(
-                f"guidance_scale is {self.guidance_scale:g}, at which a negative_prompt has no effect; "
+                f"guidance_scale is {guidance.scale:g}, at which a negative_prompt has no effect; "
                 "raise it above 1 or leave the negative_prompt out"
             )
         batch = len(self.prompts(config)) * self.num_images_per_prompt
@@ -120,13 +121,13 @@ class Request:
             num_frames=self.max_latent_length,
             num_inference_steps=self.num_inference_steps,
             schedule=make_schedule(config.scheduler, self.num_diffusion_steps, self.flow_shift),
-            guidance=self.guidance(),
+            guidance=guidance,
         )
 
-    def guidance(self) -> Guidance:
-        """The guidance arguments together."""
+    def guidance(self, config: NovaConfig) -> Guidance:
+        """The guidance arguments together, with the checkpoint's own scale if none is given."""
         return Guidance(
-            scale=self.guidance_scale,
+            scale=config.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             min_scale=self.min_guidance_scale,
             trunc=self.guidance_trunc,
             renorm=self.guidance_renorm,

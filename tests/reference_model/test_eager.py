@@ -138,7 +138,7 @@ def test_temporal_encoder_matches_golden(name: str) -> None:
     for t in range(frames):
         context = encode_frame(
             pipeline.modules["temporal_encoder"],
-            Guider.of(request),
+            Guider.of(request, pipeline.config),
             memory,
             latents,
             condition,
@@ -288,6 +288,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:prompt has")
 def test_runtime_agrees_on_video(name: str, option: str) -> None:
     same(eager(name), name, **{"prompt": PROMPT, "max_latent_length": 2, **OPTIONS[option]})
+
+
+def test_runtime_agrees_on_a_checkpoints_own_guidance() -> None:
+    published = eager("t2i")
+    same(replace(published, config=replace(published.config, guidance_scale=1.5)), "t2i", prompt=PROMPT)
 
 
 @pytest.mark.parametrize("option", ["plain", "renorm", "batch", "no guidance", "growing scale"])

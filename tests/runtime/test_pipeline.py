@@ -204,6 +204,14 @@ def test_rows_are_passes_of_prompts_of_images(guidance: dict[str, float], length
     assert output.latents.shape[0] == output.frames.shape[0] == 4
 
 
+@pytest.mark.parametrize(("own", "asked", "used"), [(2.5, None, 2.5), (2.5, 4.0, 4.0), (5.0, None, 5.0)])
+def test_guidance_is_the_checkpoints_own_where_none_is_asked_for(own: float, asked: Any, used: float) -> None:
+    made = Fixture(replace(VIDEO, guidance_scale=own))
+    made.pipe("a", guidance_scale=asked, **SHORT)
+    weights = made.record.of("diffusion_head")[0]["step_guidance"]  # eps = e_0 + scale * (e_1 - e_0)
+    np.testing.assert_allclose(weights[0], [used, 1 - used])
+
+
 def test_one_negative_prompt_for_each_prompt() -> None:
     made = Fixture()
     made.pipe(["a", "bb"], negative_prompt=["ccc", "dddd"], motion_flow=7.5, **SHORT)
@@ -292,7 +300,7 @@ def test_a_seed_that_was_drawn_gives_the_same_again() -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "3"])
-@pytest.mark.parametrize("name", [*NUMBERS, "min_guidance_scale", "flow_shift"])
+@pytest.mark.parametrize("name", [*NUMBERS, "guidance_scale", "min_guidance_scale", "flow_shift"])
 def test_numbers_that_are_none(name: str, value: Any) -> None:
     config = NovaConfig.from_parts(**parts(scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"}))
     with pytest.raises(UsageError, match=name.removesuffix("_guidance_scale")):
