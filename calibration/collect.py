@@ -25,9 +25,10 @@ from nova_export.evaluation.lockstep import Position
 from nova_export.evaluation.shapes_eval import Report, call_progress
 from nova_export.export.passes.quantize import linear_layers
 from nova_export.export.watch import Ranges, session_with
-from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
+from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
 from nova_export.runtime.request import Request
-from nova_export.runtime.runner import Array, Lent, Runner
+from nova_export.runtime.runner import Array, Held, Lent, Runner
+from nova_export.runtime.stage_runners import StageRunners
 from nova_export.runtime.tokens import set_sizes
 from nova_export.targets import ENCODERS
 
@@ -68,7 +69,7 @@ def calibrate(
                 "arguments; give another --out, or remove it"
             )
         found = earlier
-    runners = StageRunners(bundle, threads)
+    runners = StageRunners(bundle, "cpu", threads)
     observers = Observers(bundle, found, threads)
     try:
         for index in range(found.done, len(prompts)):
@@ -192,7 +193,7 @@ class _Observed(Lent):
         self.runner, self.observers, self.chosen = runner, observers, chosen
         self.stage = runner.stage
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Held]) -> Mapping[str, Held]:
         if self.chosen(self.stage.name):
-            self.observers.look(self.stage.name, inputs)
+            self.observers.look(self.stage.name, {name: np.asarray(held) for name, held in inputs.items()})
         return self.runner.run(inputs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+GB = 10**9
+MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
 
 
@@ -21,3 +23,13 @@ def memory(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still have, swap too; None where the system does not tell."""
+    try:
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    return sizes["MemAvailable"] + sizes.get("SwapFree", 0) if "MemAvailable" in sizes else None

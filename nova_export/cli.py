@@ -20,6 +20,7 @@ from nova_export.cli_eval import evaluate
 from nova_export.cli_options import (
     build_with_progress,
     bundle_or_demo,
+    device_option,
     exporter,
     generation_options,
     json_option,
@@ -28,9 +29,10 @@ from nova_export.cli_options import (
     quiet_option,
     threads_option,
 )
+from nova_export.cli_plan import plan
 from nova_export.cli_sensitivity import sensitivity
 from nova_export.cli_verify import verify
-from nova_export.errors import BundleError, NovaExportError, UsageError
+from nova_export.errors import BundleError, MemoryShortage, NovaExportError, UsageError
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
@@ -87,7 +89,7 @@ def build(
     from calibration.recipe import Recipe
     from nova_export.cli_engines import engines_with_progress
     from nova_export.demo import demo_bundle_folder, demo_checkpoint, make_cache_folder
-    from nova_export.engine.build import made_by
+    from nova_export.engine.compatibility import made_by
     from nova_export.targets import CPU, TARGETS, find
 
     chosen = Recipe.load(recipe) if recipe else Recipe()
@@ -155,6 +157,7 @@ def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
 @click.option(
     "--from-latents", type=click.Path(path_type=Path), help="Decode the latents of this .npz; no PROMPT."
 )
+@device_option
 @threads_option
 @low_memory_option
 @quiet_option
@@ -166,6 +169,7 @@ def run(
     fps: float,
     save_latents: Path | None,
     from_latents: Path | None,
+    device: str | None,
     threads: int,
     low_memory: bool,
     quiet: bool,
@@ -185,7 +189,7 @@ def run(
     for path in (out, save_latents):
         if path is not None:
             check_writable(path)
-    pipe = load(bundle_or_demo(bundle, quiet), threads=threads, low_memory=low_memory)
+    pipe = load(bundle_or_demo(bundle, quiet), device=device, threads=threads, low_memory=low_memory)
     if from_latents is not None:
         output = _decode(pipe, from_latents, prompt)
     else:
@@ -282,7 +286,10 @@ def inspect(bundle: Path, check: bool, quiet: bool, as_json: bool) -> None:
     "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to the library."
 )
 @click.option("--compile/--no-compile", default=False, help="Also torch.compile, where it works.")
-@click.option("--memory/--no-memory", default=True, help="Also peak memory, each in a fresh process.")
+@click.option("--memory/--no-memory", default=True, help="Also peak memory on the CPU, in fresh processes.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="cpu, cuda, or a target that BUNDLE has engines for."
+)
 @quiet_option
 @json_option
 def bench(
@@ -323,6 +330,7 @@ cli.add_command(calibrate)
 cli.add_command(doctor)
 cli.add_command(engines_command)
 cli.add_command(evaluate)
+cli.add_command(plan)
 cli.add_command(sensitivity)
 cli.add_command(verify)
 
@@ -359,7 +367,7 @@ def _exit_code(arguments: list[str] | None) -> int:
             f"error: out of memory ({error}); try --low-memory, or a shorter or smaller video",
             file=sys.stderr,
         )
-        return 1
+        return MemoryShortage.exit_code
     except Exception as error:
         if os.environ.get("NOVA_EXPORT_DEBUG"):
             raise

@@ -12,6 +12,7 @@ import click
 from nova_export.cli_options import (
     bundle_or_demo,
     counting,
+    device_option,
     exporter,
     generation_options,
     is_bundle,
@@ -53,6 +54,7 @@ DECIDED = ("image", "num_images_per_prompt", "max_latent_length", "seed")
     "--seed", type=int, default=0, show_default=True, help="Of the first call; later ones count up."
 )
 @generation_options(without=DECIDED)
+@device_option
 @threads_option
 @low_memory_option
 @quiet_option
@@ -65,6 +67,7 @@ def evaluate(
     prompts: Path | None,
     out: Path | None,
     samples: int | None,
+    device: str | None,
     threads: int,
     low_memory: bool,
     quiet: bool,
@@ -88,7 +91,7 @@ def evaluate(
     bundle = bundle_or_demo(bundle, quiet)
     if prompts is not None and out is not None:
         tasks = read_tasks(prompts, out, samples)
-        pipe = load(bundle, threads=threads, low_memory=low_memory)
+        pipe = load(bundle, device=device, threads=threads, low_memory=low_memory)
         with resumable("files"), counting("samples", len(tasks), quiet) as report:
             written = write_samples(pipe, tasks, report=report, **arguments)
         click.echo(json.dumps({"out": str(out), **vars(written)}) if as_json else out)
@@ -99,7 +102,8 @@ def evaluate(
         if sheet.suffix.lower() != ".png":
             raise UsageError(f"--sheet writes a .png, not {sheet.name!r}")
         check_writable(sheet)
-    sources: list[tuple[str, Source]] = [(str(bundle), load(bundle, threads=threads, low_memory=low_memory))]
+    pipe = load(bundle, device=device, threads=threads, low_memory=low_memory)
+    sources: list[tuple[str, Source]] = [(str(bundle), pipe)]
     if against is not None:
         sources.append((str(against), _other(against, threads, low_memory)))
     for name, source in sources:
@@ -136,7 +140,7 @@ def _other(path: Path, threads: int, low_memory: bool) -> Source:
     from nova_export.runtime.pipeline import load
 
     if is_bundle(path):
-        return load(path, threads=threads, low_memory=low_memory)
+        return load(path, device="cpu", threads=threads, low_memory=low_memory)
     eager: Source = exporter("reference_model.eager").EagerPipeline.from_checkpoint(path)
     return eager
 

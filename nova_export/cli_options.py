@@ -33,6 +33,10 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on 
 threads_option = click.option(
     "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime."
 )
+device_option = click.option(
+    "--device",
+    help="Of BUNDLE: cpu, cuda, or a target it has engines for. If not given, its engines where a GPU is.",
+)
 low_memory_option = click.option(
     "--low-memory", is_flag=True, help="Keep only the stages of one phase loaded."
 )

@@ -14,6 +14,7 @@ from nova_export.bundle import Bundle
 from nova_export.cli_options import (
     chosen_prompts,
     counting,
+    device_option,
     exporter,
     generation_options,
     is_bundle,
@@ -56,6 +57,7 @@ COUNT = 4  # prompts, unless told
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Also write a page with plots and pictures here."
 )
+@device_option
 @threads_option
 @low_memory_option
 @quiet_option
@@ -68,6 +70,7 @@ def verify(
     seed: int,
     layers: bool,
     report: Path | None,
+    device: str | None,
     threads: int,
     low_memory: bool,
     quiet: bool,
@@ -86,7 +89,7 @@ def verify(
         check_writable(report, (".html",))
     arguments = {name: value for name, value in arguments.items() if value is not None}
     with ExitStack() as stack:
-        tested = bundle_side(Bundle.open(bundle), threads, low_memory, stack)
+        tested = bundle_side(Bundle.open(bundle), device, threads, low_memory, stack)
         reference = other_side(against, threads, low_memory, stack)
         if layers:
             tested, reference = watched_sides(tested, reference, bundle, against, threads)
@@ -98,12 +101,13 @@ def verify(
     click.echo(json.dumps(found.to_dict()) if as_json else found.table())
 
 
-def bundle_side(bundle: Bundle, threads: int, low_memory: bool, stack: ExitStack) -> Side:
+def bundle_side(bundle: Bundle, device: str | None, threads: int, low_memory: bool, stack: ExitStack) -> Side:
     """A bundle's stages; `stack` closes them."""
     from nova_export.evaluation.verification import Side
-    from nova_export.runtime.pipeline import StageRunners, bundle_tokenizer
+    from nova_export.runtime.pipeline import bundle_tokenizer
+    from nova_export.runtime.stage_runners import StageRunners
 
-    runners = StageRunners(bundle, threads, low_memory)
+    runners = StageRunners(bundle, device, threads, low_memory)
     stack.callback(runners.close)
     return Side(str(bundle.folder), bundle.config, runners, bundle_tokenizer(bundle))
 
@@ -128,7 +132,7 @@ def other_side(path: Path, threads: int, low_memory: bool, stack: ExitStack) -> 
     from nova_export.evaluation.verification import Side
 
     if is_bundle(path):
-        return bundle_side(Bundle.open(path), threads, low_memory, stack)
+        return bundle_side(Bundle.open(path), "cpu", threads, low_memory, stack)
     config = NovaConfig.from_checkpoint(path)
     modules = exporter("reference_model.runner").torch_runners(config, path)
     return Side(str(path), config, modules.__getitem__)

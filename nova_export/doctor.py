@@ -21,6 +21,7 @@ from nova_export import __version__
 from nova_export.demo import cache_folder
 from nova_export.engine.flavour import FLAVOURS, Flavour
 from nova_export.errors import DependencyError
+from nova_export.runtime import cuda
 from nova_export.targets import TARGETS
 
 Run = Callable[[Sequence[str]], str]  # a command's standard output; empty where it fails or is not there
@@ -191,7 +192,29 @@ def _abilities(gpus: list[Finding], export: Finding, versions: Mapping[str, str 
     can = ["bundles"] if export.value else []
     can += [f"engines for {', '.join(engines)}"] if engines else []
     yield Finding("can build", "; ".join(can) or "nothing")
-    yield Finding("can run", "bundles on the CPU; engines are not run yet")
+    runs = ["bundles on the CPU"]
+    if gpus and "CUDAExecutionProvider" in _providers():
+        runs.append("on the GPU with ONNX Runtime")
+    if gpus and _has_cuda_python():
+        runs += [f"engines with {FLAVOURS[name].name}" for name, version in versions.items() if version]
+    fix = "" if not gpus or _has_cuda_python() else "to run engines: pip install 'cuda-bindings>=12.8'"
+    yield Finding("can run", ", ".join(runs), fix)
+
+
+def _providers() -> list[str]:
+    try:
+        ort: Any = importlib.import_module("onnxruntime")
+        return list(ort.get_available_providers())
+    except (ImportError, AttributeError):
+        return []
+
+
+def _has_cuda_python() -> bool:
+    try:
+        importlib.import_module(cuda.MODULE)
+    except ImportError:
+        return False
+    return True
 
 
 def _read(path: Path) -> str:

@@ -60,6 +60,12 @@ class DependencyError(NovaExportError):
     exit_code = 9
 
 
+class MemoryShortage(NovaExportError):
+    """There is less memory than the work needs."""
+
+    exit_code = 10
+
+
 class Cancelled(NovaExportError):
     """The caller's callback, or Ctrl-C, stopped the work. Nothing was written."""
 

@@ -14,6 +14,19 @@ from nova_export.toml_file import read_toml
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """A device, from its maker's data sheets. memory: in GB, of which system and driver take `system`.
+    bandwidth: in GB/s. half, int8: 10^12 operations a second in float16 and int8, without sparsity."""
+
+    compute_capability: str
+    memory: float
+    system: float
+    bandwidth: float
+    half: float
+    int8: float
+
+
+@dataclass(frozen=True)
 class Target:
     """Where a bundle runs. `opset` of its graphs; 23 has Attention, which runtimes fuse, and 21 weights in
     integers with a scale a block.
@@ -21,7 +34,7 @@ class Target:
     kernels: the number types that it computes in. Others are stored, and computed in float32. signed_inputs:
     whether 8-bit inputs of layers are signed, with their zero at 0, as TensorRT wants them. runtime: what
     compiles its engines; None where the graphs themselves are run. compute_capability: of the GPU that they
-    are for; None for the one of the machine. device: the same for a person.
+    are for; None for the one of the machine. device: the same for a person. hardware: where it is one device.
     """
 
     name: str
@@ -31,6 +44,7 @@ class Target:
     runtime: str | None = None
     compute_capability: str | None = None
     device: str = ""
+    hardware: Hardware | None = None
 
     @property
     def graph_form(self) -> tuple[Any, ...]:
@@ -71,6 +85,10 @@ class Precision:
 
 
 CPU = Target("cpu", opset=23, kernels=("float32", "float16"), device="any CPU")
+GPU_KERNELS = ("float32", "float16", "bfloat16")
+CUDA = Target(
+    "cuda", opset=23, kernels=GPU_KERNELS, signed_inputs=True, device="NVIDIA GPUs, by ONNX Runtime"
+)
 ENCODERS = ("text_encoder", "temporal_encoder", "spatial_encoder")
 # Rounding alone leaves 6 dB a bit: 66 dB with the 11 bits of float16, 48 dB with the 8 of bfloat16. The gates
 # leave room for deep stages, and none for an overflow. Stages in 8 bits have 30 to 45 dB, in 4 bits 20.
@@ -103,11 +121,12 @@ FLOAT_INPUTS: Mapping[str, frozenset[str]] = {
 def _gpu_targets() -> Iterator[Target]:
     """Those of engines/targets, a TOML file each."""
     for path in sorted(Path(str(files("engines") / "targets")).glob("*.toml")):
-        kernels = ("float32", "float16", "bfloat16")
-        yield Target(path.stem, kernels=kernels, signed_inputs=True, **{"opset": 23, **read_toml(path)})
+        data = {"opset": 23, **read_toml(path)}
+        hardware = Hardware(**data.pop("hardware")) if "hardware" in data else None
+        yield Target(path.stem, kernels=GPU_KERNELS, signed_inputs=True, hardware=hardware, **data)
 
 
-TARGETS = (CPU, *_gpu_targets())
+TARGETS = (CPU, CUDA, *_gpu_targets())
 
 Preset = TypeVar("Preset", Target, Precision)
 

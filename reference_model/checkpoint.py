@@ -94,9 +94,13 @@ def load_module(stage: Stage, config: NovaConfig, checkpoint: Path) -> nn.Module
     return module.eval().requires_grad_(False)
 
 
-def check_weights(stage: Stage, config: NovaConfig, checkpoint: Path) -> None:
-    """Whether `load_module` will find all it needs, from the files' headers alone. Raises as it does."""
-    _open_module(stage, config, checkpoint)
+def check_weights(stage: Stage, config: NovaConfig, checkpoint: Path) -> int:
+    """Whether `load_module` will find all it needs, from the files' headers alone. Raises as it does.
+
+    Returns how many values the weights have.
+    """
+    module, *_ = _open_module(stage, config, checkpoint)
+    return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
 def _open_module(

@@ -10,7 +10,7 @@ Letters: B samples, G guidance passes, rows = G * B, N tokens of a frame, P pred
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,26 @@ Callback = Callable[[Step], object]
 
 
 class Draws:
-    """Random numbers of one torch CPU generator, drawn as `dtype` and cast to float32."""
+    """Random numbers of one torch CPU generator, drawn as `dtype`, then made what the model computes in."""
 
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        model_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.generator, self.dtype = torch.Generator("cpu").manual_seed(seed), dtype
+        self.device, self.model_dtype = device, model_dtype
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
         # Never cast: only the order of its values counts.
-        return torch.rand(tuple(shape), generator=self.generator, dtype=self.dtype)
+        drawn = torch.rand(tuple(shape), generator=self.generator, dtype=self.dtype, device="cpu")
+        return drawn.to(self.device)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=self.generator, dtype=self.dtype).float()
+        drawn = torch.randn(tuple(shape), generator=self.generator, dtype=self.dtype, device="cpu")
+        return drawn.to(self.device, self.model_dtype)
 
 
 @dataclass
@@ -67,13 +76,16 @@ class Memory:
 class EagerPipeline:
     """All weights at once, as the published pipeline holds them.
 
-    draw_dtype: float64 replays videos that were made while torch's default dtype was float64.
+    draw_dtype: float64 replays videos that were made while torch's default dtype was float64. device, dtype:
+    where the modules are, and their number type; see `to`.
     """
 
     config: NovaConfig
     modules: dict[str, Any]  # by stage
     tokenizer: Tokenizer | None = None
     draw_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, draw_dtype: torch.dtype = torch.float32) -> EagerPipeline:
@@ -83,6 +95,11 @@ class EagerPipeline:
         modules = {name: load_module(stage, config, folder) for name, stage in stages(config).items()}
         tokenizer = None if config.is_class_conditional else read_tokenizer(folder / "tokenizer")
         return cls(config, modules, tokenizer, draw_dtype)
+
+    def to(self, device: str, dtype: torch.dtype) -> EagerPipeline:
+        """On another device, in another number type; its modules are moved."""
+        modules = {name: module.to(device, dtype) for name, module in self.modules.items()}
+        return replace(self, modules=modules, device=device, dtype=dtype)
 
     def __call__(
         self,
@@ -106,9 +123,11 @@ class EagerPipeline:
         """The same for a `Request`. Raises UsageError or InputError as it does, and Cancelled."""
         request.plan(self.config)  # checks all arguments
         seed = request.resolved_seed()
-        frames = list(self._frames(request, Draws(seed, self.draw_dtype), callback, observe))
-        latents = torch.stack(frames, dim=2)  # (B, C, L, h, w)
-        return Output(self.decode(latents), latents.numpy(), seed)
+        draws = Draws(seed, self.draw_dtype, self.device, self.dtype)
+        with torch.device(self.device):
+            frames = list(self._frames(request, draws, callback, observe))
+            latents = torch.stack(frames, dim=2)  # (B, C, L, h, w)
+            return Output(self.decode(latents), _numpy(latents), seed)
 
     def _frames(
         self, request: Request, draws: Draws, callback: Callback | None, observe: Observe
@@ -120,11 +139,13 @@ class EagerPipeline:
         condition = guider.expand_text(self.condition(request))  # (rows, tokens, D)
         observe("condition", condition)
         batch = len(request.prompts(config)) * request.num_images_per_prompt
-        latents = torch.zeros(batch, config.latent_channels, *config.latent_size)
+        shape = batch, config.latent_channels, *config.latent_size
+        latents = torch.zeros(shape, dtype=self.dtype)
         memory, order = Memory(), None
         for t in range(num_frames):
             # 1. What the frames before say about this one.
-            time = torch.tensor([float(t)]) / (1 if config.rotary else num_frames / config.base_frames)
+            time = torch.tensor([float(t)], dtype=self.dtype)
+            time = time / (1 if config.rotary else num_frames / config.base_frames)
             context = encode_frame(self.modules["temporal_encoder"], guider, memory, latents, condition, time)
             observe("context", context)
             if t == 0 and given is not None:
@@ -142,7 +163,7 @@ class EagerPipeline:
                 latents = latents + self.predict(
                     latents, context, earlier, now, grown, scheduler, draws.normal, observe
                 )
-                step = Step(t, num_frames, i, len(sets), latents.numpy())
+                step = Step(t, num_frames, i, len(sets), _numpy(latents))
                 if callback is not None and callback(step) is False:
                     raise Cancelled(f"cancelled at frame {t + 1} of {num_frames}, step {i + 1}")
             yield latents
@@ -183,7 +204,7 @@ class EagerPipeline:
         states, lengths = (x.repeat_interleave(request.num_images_per_prompt, dim=0) for x in encoded)
         if not self.config.is_video:
             return module(states, lengths)
-        motion = torch.tensor([float(request.motion_flow), FPS]).expand(len(states), 2)
+        motion = torch.tensor([float(request.motion_flow), FPS], dtype=self.dtype).expand(len(states), 2)
         return module(states, lengths, motion)
 
     def encode_text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -199,7 +220,7 @@ class EagerPipeline:
         """One draw of an image's posterior (1, C, h, w), scaled."""
         array, _ = load_image(image, *self.config.image_size)
         pixels = torch.from_numpy(np.array(array)).float().sub(127.5).div(127.5).permute(2, 0, 1)[None]
-        mean, std = self.modules["vae_encoder"](pixels)
+        mean, std = self.modules["vae_encoder"](pixels.to(self.device, self.dtype))
         if not self.config.vae.get("double_z", True):
             return mean  # no variance: nothing is drawn
         return mean + std * draws.normal(mean.shape)
@@ -213,7 +234,11 @@ class EagerPipeline:
             parts = [decoder(sample[:, :, cut.start : cut.stop])[:, :, cut.drop :] for cut in cuts]
             videos.append(torch.cat(parts, dim=2))
         pixels = torch.cat(videos).permute(0, 2, 3, 4, 1)
-        return pixels.mul(127.5).add(127.5).clamp(0, 255).byte().numpy()
+        return pixels.mul(127.5).add(127.5).clamp(0, 255).byte().cpu().numpy()
+
+
+def _numpy(latents: Tensor) -> np.ndarray:
+    return latents.float().cpu().numpy()
 
 
 def split(order: Tensor, num_steps: int) -> list[Tensor]:
@@ -317,7 +342,7 @@ def predict_noise(module: DiffusionHead, noisy: Tensor, timesteps: Tensor, z: Te
     x, tokens = network.patch_embed(noisy), network.patch_embed.patchify(noisy)
     x, z = (each.gather(1, ids.expand(-1, -1, each.shape[-1])) for each in (x, z))  # (rows, K, width)
     embed = network.time_cond_embed
-    condition = embed.condition_proj(z) + embed.timestep_proj(timestep_features(timesteps))[:, None]
+    condition = embed.condition_proj(z) + embed.timestep_proj(timestep_features(timesteps).to(z))[:, None]
     for block in network.blocks:
         x = block(x, condition)
     scale, shift = network.norm.statistics(condition)

@@ -148,7 +148,7 @@ def test_internal_error_when_debugging(buggy: list[Any], monkeypatch: pytest.Mon
 def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pipeline, "load", raising(MemoryError("Unable to allocate 9 GiB")))
     result = nova_export("run", "a", "--bundle", "b", "-o", tmp_path / "a.png")
-    only_error(result, 1, "out of memory", "9 GiB", "--low-memory")
+    only_error(result, 10, "out of memory", "9 GiB", "--low-memory")
 
 
 # What a build says

@@ -81,7 +81,7 @@ def exit_codes() -> dict[int, str]:
     found = {0: "Done."}
     for error in sorted(classes, key=lambda each: int(each.exit_code)):
         found[error.exit_code] = (error.__doc__ or "").strip().splitlines()[0]
-    found[errors.NovaExportError.exit_code] = "Another expected failure, such as running out of memory."
+    found[errors.NovaExportError.exit_code] = "Another expected failure."
     found[cli.EXIT_BUG] = "A bug in nova-export. The message says how to report it."
     return dict(sorted(found.items()))
 

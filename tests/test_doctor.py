@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -52,9 +54,21 @@ def test_a_workstation(tmp_path: Path) -> None:
     assert found["swap"].value == "2.0 GiB"
     assert found["NVIDIA driver"].value == "580.65.06, CUDA up to unknown" and not found["NVIDIA driver"].fix
     gpus = [each.value or "" for each in findings if each.name == "GPU"]
-    assert gpus[0] == "NVIDIA GeForce RTX 4090, SM89, 24.0 GiB; target rtx-40"
+    assert gpus[0] == "NVIDIA GeForce RTX 4090, SM89, 24.0 GiB; target rtx-40, rtx-4090"
     assert "SM70" in gpus[1] and "no target of its own" in gpus[1]
     assert "Jetson" not in found
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_what_a_gpu_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_cuda: bool) -> None:
+    monkeypatch.setattr(doctor, "_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(doctor, "_version", lambda each: "1.7" if each.module == "tensorrt_rtx" else None)
+    monkeypatch.setitem(sys.modules, doctor.cuda.MODULE, ModuleType("runtime") if has_cuda else None)  # type: ignore[arg-type]
+    gpu = "NVIDIA GeForce RTX 4090, 8.9, 24564\n"
+    can_run = by_name(examine(tmp_path, lambda command: gpu if "smi" in command[0] else ""))["can run"]
+    engines = ", engines with TensorRT-RTX" if has_cuda else ""
+    assert can_run.value == f"bundles on the CPU, on the GPU with ONNX Runtime{engines}"
+    assert ("cuda-bindings" in can_run.fix) is not has_cuda
 
 
 def test_a_jetson(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.html_report import write_report
 from nova_export.evaluation.shapes_eval import TOTAL, Rate, Score
 from nova_export.evaluation.verification import Pair, Side, Verification, scores, verify
-from nova_export.runtime.pipeline import StageRunners, bundle_tokenizer
+from nova_export.runtime.pipeline import bundle_tokenizer
 from nova_export.runtime.runner import Array, Runner
+from nova_export.runtime.stage_runners import StageRunners
 from nova_export.stages import stages
 from reference_model.demo.data import sample_clip
 from tests.command_line import nova_export, only_error
@@ -96,7 +97,7 @@ class Changed:
 @pytest.fixture(scope="module")
 def side(golden_bundle: Callable[[str], Path]) -> Side:
     bundle = Bundle.open(golden_bundle("t2v"))
-    return Side("reference", bundle.config, StageRunners(bundle), bundle_tokenizer(bundle))
+    return Side("reference", bundle.config, StageRunners(bundle, "cpu"), bundle_tokenizer(bundle))
 
 
 def changed(side: Side, stage: str, change: Callable[[int, dict[str, Array]], None]) -> Side:

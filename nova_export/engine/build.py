@@ -8,15 +8,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nova_export.bundle import MANIFEST, Bundle, EngineEntry, file_entry, sha256
+from nova_export.engine.compatibility import changed, made_by
 from nova_export.engine.compiler import CompileJob, Shape, compile_engine
-from nova_export.engine.flavour import flavour, machine_capability
 from nova_export.errors import OutputError, UsageError
 from nova_export.runtime.media import write_whole
 from nova_export.spec import Stage
@@ -78,25 +78,6 @@ def made_of(bundle: Bundle, stage: Stage, target: Target) -> dict[str, str]:
     """What a stage's engine depends on."""
     files = [[path, bundle.files[path].sha256] for path in sorted(bundle.stages[stage.name].files)]
     return {"graph": _digest(files), "profile": _digest(profile(stage)), **made_by(target)}
-
-
-def made_by(target: Target) -> dict[str, str]:
-    """What engines for a target depend on beside graph and profile. Raises DependencyError, UsageError."""
-    kind = flavour(target.runtime)
-    return {
-        "runtime": kind.name,
-        "version": str(kind.load().__version__),
-        "compute capability": target.compute_capability or machine_capability(),
-    }
-
-
-def changed(entry: EngineEntry, wanted: Mapping[str, str]) -> str:
-    """Why an engine is not the wanted one; empty if it is."""
-    for name, value in wanted.items():
-        if (had := entry.made_of.get(name)) != value:
-            # Digests say nothing to a person.
-            return f"another {name}" if name in ("graph", "profile") else f"{name} was {had!r}, is {value!r}"
-    return ""
 
 
 def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, report: Report) -> Bundle:

@@ -44,8 +44,8 @@ def flavour(name: str | None) -> Flavour:
     return FLAVOURS[name]
 
 
-def machine_capability() -> str:
-    """Compute capability of this machine's first GPU, like "8.9". Raises UsageError where there is none."""
+def machine_capability() -> str | None:
+    """Compute capability of this machine's first GPU, like "8.9"; None where there is none."""
     numbers = [ctypes.c_int(), ctypes.c_int()]
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -54,6 +54,4 @@ def machine_capability() -> str:
             failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)
     except (OSError, AttributeError):
         failed = True
-    if failed:
-        raise UsageError("there is no NVIDIA GPU in this machine to compile for; name a target like rtx-40")
-    return ".".join(str(number.value) for number in numbers)
+    return None if failed else ".".join(str(number.value) for number in numbers)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from nova_export.evaluation.difference import Difference
 from nova_export.runtime.generate import Floats, StageGetter, Step
-from nova_export.runtime.runner import Array, Lent, Runner
+from nova_export.runtime.runner import Array, Held, Lent, Runner
 
 Place = tuple[int, int]  # latent frame, AR step; both from 0
 
@@ -65,17 +67,17 @@ class _Both(Lent):
         self.runner = lockstep.reference(name)
         self.stage = self.runner.stage
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Held]) -> Mapping[str, Held]:
         """The reference's outputs. What a stage writes in place is compared where the reference wrote."""
         aliases = {tensor.name: tensor.alias for tensor in self.stage.outputs if tensor.alias}
-        before = {alias: inputs[alias].copy() for alias in aliases.values()}
+        before = {alias: np.array(inputs[alias]) for alias in aliases.values()}
         copies = {alias: array.copy() for alias, array in before.items()}
         tested = self.lockstep.tested(self.name).run({**inputs, **copies})
         reference = self.runner.run(inputs)
-        pairs = {name: (array, tested[name]) for name, array in reference.items()}
+        pairs = {name: (np.asarray(array), np.asarray(tested[name])) for name, array in reference.items()}
         for name, alias in aliases.items():
-            written = reference[name] != before[alias]
-            pairs[name] = reference[name][written], tested[name][written]
+            written = pairs[name][0] != before[alias]
+            pairs[name] = pairs[name][0][written], pairs[name][1][written]
         self.lockstep.compare(self.name, pairs)
         return reference
 

@@ -25,10 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nova_export.bundle import Bundle
 from nova_export.config import NovaConfig
 from nova_export.errors import Cancelled
-from nova_export.export.contenders import Run, Subject, contenders
+from nova_export.export.contenders import Run, Subject, TorchDevice, contenders
 from nova_export.export.peak_memory import measure
-from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
-from nova_export.runtime.runner import Array, Lent, Runner
+from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
+from nova_export.runtime.runner import Held, Lent, Runner
+from nova_export.runtime.stage_runners import StageRunners
 from nova_export.spec import Stage
 from nova_export.tables import markdown
 from reference_model.eager import EagerPipeline
@@ -47,7 +48,8 @@ class Options:
     sizes: axis name -> size, such as predicted, next, steps, rows; the other axes as their spec is tuned.
     stages: None for all. arguments: of the end-to-end call, over one image of AR_STEPS steps.
     budget: seconds for the timed runs of one stage, and of end to end; each contender has two runs at least,
-    one of them not counted. threads: 0 leaves their number to each library.
+    one of them not counted. threads: 0 leaves their number to each library. device: as of `StageRunners`;
+    memory is measured on the CPU alone.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Options:
     repeats: int = 7
     budget: float = 60.0
     threads: int = 0
+    device: str = "cpu"
     compile: bool = False
     memory: bool = True
 
@@ -78,7 +81,7 @@ def bench(
     result = {
         "date": date.today().isoformat(),
         "versions": dict(_versions()),
-        "machine": machine(options.threads),
+        "machine": machine(options.threads, options.device),
         "bundle": {"name": opened.folder.resolve().name, "target": opened.target},
         "options": asdict(options),
         "stages": [bench_stage(subject, options, report) for subject in subjects],
@@ -93,7 +96,7 @@ def bench_stage(subject: Subject, options: Options, report: Report) -> dict[str,
     name = subject.stage.name
     results, notes = _time_forms(subject, options, report)
     gc.collect()  # before other processes want memory
-    if options.memory:
+    if options.memory and options.device == "cpu":
         report(name, "measuring memory")
         for kind in results:
             job = {"stage": name, "sizes": subject.sizes}
@@ -108,7 +111,7 @@ def _time_forms(
     kinds = [kind for kind in subject.kinds if kind != "compiled" or options.compile]
     notes = []
     report(subject.stage.name, "loading")
-    with contenders(kinds, subject, subject.inputs(), options.threads) as runs:
+    with contenders(kinds, subject, subject.inputs(), options.threads, options.device) as runs:
         for kind, run in list(runs.items()):
             try:
                 run()  # not counted: the first run allocates, and compiles
@@ -128,14 +131,14 @@ def bench_end_to_end(
     """A whole call, prompt to frames, by the bundle and by the published pipeline; calls of an AR step."""
     arguments = {**call_arguments(bundle.config), **options.arguments}
     report("end to end", "loading")
-    counter = CountingStages(StageRunners(bundle, options.threads))
+    counter = CountingStages(StageRunners(bundle, options.device, options.threads))
     pipeline = Pipeline(bundle.config, counter, bundle_tokenizer(bundle), counter.stages.close)
     calls = {"onnx": _per_step(pipeline, arguments, counter)}
     runs: dict[str, Run] = {"onnx": lambda: pipeline(**arguments)}
     if checkpoint is not None:
         if options.threads:
             torch.set_num_threads(options.threads)
-        eager = EagerPipeline.from_checkpoint(checkpoint)
+        eager = TorchDevice.of(options.device).pipeline(EagerPipeline.from_checkpoint(checkpoint))
         with CountOperators() as operators:
             calls["published"] = _per_step(eager, arguments, operators)
         runs["published"] = lambda: eager(**arguments)
@@ -146,7 +149,7 @@ def bench_end_to_end(
     pipeline.close()
     for kind in results:
         results[kind]["calls_per_ar_step"] = calls[kind]
-        if options.memory:
+        if options.memory and options.device == "cpu":
             report("end to end", f"measuring memory of {kind}")
             subject = Subject(bundle, next(iter(bundle.stages.values())).spec, {}, checkpoint)
             job = {"arguments": arguments, **_job(kind, subject, options)}
@@ -192,7 +195,7 @@ class CountingRunner(Lent):
         self.counter, self.runner = counter, runner
         self.stage: Stage = runner.stage
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Held]) -> Mapping[str, Held]:
         self.counter.count += 1
         return self.runner.run(inputs)
 
@@ -250,8 +253,8 @@ def _versions() -> Iterable[tuple[str, str]]:
             continue
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """The CPU, how many threads measurements may use, and how busy it is with other work."""
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """CPU and GPU, how many threads measurements may use, and how busy the CPU is with other work."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -259,6 +262,7 @@ def machine(threads: int) -> dict[str, Any]:
         cpu = models[0].strip() if models else cpu
     return {
         "cpu": cpu,
+        "device": device if device == "cpu" else f"{device}, {torch.cuda.get_device_name()}",
         "cores": os.cpu_count(),
         "threads": threads or "default",
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -19,9 +19,11 @@ from typing import Any
 import nova_export
 from calibration.statistics import Statistics
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, file_entry, sha256
+from nova_export.child import GB, available_memory
 from nova_export.config import NovaConfig
-from nova_export.errors import BundleError, CheckpointError, UsageError
+from nova_export.errors import BundleError, CheckpointError, MemoryShortage, UsageError
 from nova_export.export.build_stage import Job, Report, build_stage
+from nova_export.export.plan import export_bytes
 from nova_export.export.quantization import FloatSource, load_calibration
 from nova_export.export.work_folder import (
     adopt,
@@ -35,7 +37,7 @@ from nova_export.export.work_folder import (
 from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
-from nova_export.targets import PRECISIONS, TARGETS, Precision, contained, find
+from nova_export.targets import CPU, PRECISIONS, TARGETS, Precision, contained, find
 from reference_model.checkpoint import Weights, check_weights
 from reference_model.tokenizer import read_tokenizer
 
@@ -144,7 +146,7 @@ def _check_target(job: Job) -> None:
     """Raises UsageError for a precision that a target cannot have."""
     target = job.target
     for stage, precision in job.precisions.items():
-        if target.runtime and precision.fastest_of:
+        if target != CPU and precision.fastest_of:
             raise UsageError(
                 f"auto takes what is fastest on this machine, which says nothing of {target.name}; name a "
                 "precision"
@@ -178,8 +180,14 @@ def _float_source(job: Job, out: Path, statistics: Statistics | None, report: Re
 def _check_checkpoint(job: Job, specs: dict[str, Stage]) -> None:
     """What is wrong with a checkpoint comes out now, not after an hour of exporting its other stages."""
     make_schedule(job.config.scheduler, num_steps=1)
-    for spec in specs.values():
-        check_weights(spec, job.config, job.checkpoint)
+    sizes = {name: check_weights(spec, job.config, job.checkpoint) for name, spec in specs.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    needed, there = export_bytes(sizes[largest]), available_memory()
+    if there is not None and needed > there:
+        raise MemoryShortage(
+            f"exporting {largest} takes about {needed / GB:.1f} GB of memory, and {there / GB:.1f} GB are "
+            "free; add swap, or build on a larger machine: bundles can be copied"
+        )
 
 
 def fingerprint(part: Path) -> str:

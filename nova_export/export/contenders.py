@@ -6,7 +6,8 @@
 - published: what the published pipeline does in this stage's place, from the eager pipeline: the diffusion
   head one step at a time over all N tokens, the spatial encoder over all N tokens, caches by concatenation.
 
-Must not know time or memory.
+On a GPU torch computes in float16, and every run waits until its results are there. Must not know time or
+memory.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from nova_export.bundle import Bundle
 from nova_export.errors import UsageError
 from nova_export.export.verify import sample_inputs
-from nova_export.runtime.runner import Array, OrtRunner
+from nova_export.runtime.runner import Array, Held, Runner
+from nova_export.runtime.stage_runners import StageRunners
 from nova_export.spec import Stage
 from nova_export.stages import stages
 from reference_model.checkpoint import load_module
-from reference_model.eager import Memory, denoise, encode_frame, encode_tokens
+from reference_model.eager import EagerPipeline, Memory, denoise, encode_frame, encode_tokens
 from reference_model.guidance import Guider
 from reference_model.schedulers import make_scheduler
 
@@ -103,47 +105,100 @@ def stage_sizes(stage: Stage, wanted: Mapping[str, int]) -> dict[str, int]:
 
 @contextmanager
 def contenders(
-    kinds: Sequence[str], subject: Subject, inputs: Mapping[str, Array], threads: int = 0
+    kinds: Sequence[str],
+    subject: Subject,
+    inputs: Mapping[str, Array],
+    threads: int = 0,
+    device: str = "cpu",
 ) -> Iterator[dict[str, Run]]:
     """These forms of the stage, loaded; at the end their weights are freed. Those in torch share one module.
 
-    threads 0: as many as each library likes.
+    threads 0: as many as each library likes. device: as of `StageRunners`.
     """
     bundle, stage = subject.bundle, subject.stage
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
         if "onnx" in kinds:
-            graph = bundle.path(bundle.stages[stage.name].graph)
-            runner = stack.enter_context(OrtRunner(stage, graph, threads))
-            runs["onnx"] = lambda: runner.run(inputs)
+            runners = StageRunners(bundle, device, threads)
+            stack.callback(runners.close)
+            runs["onnx"] = on_runner(runners(stage.name), inputs)
         if in_torch := [kind for kind in kinds if kind != "onnx"]:
             assert subject.checkpoint is not None
             if threads:
                 torch.set_num_threads(threads)
             stack.enter_context(torch.inference_mode())
             module = load_module(stage, bundle.config, subject.checkpoint)
-            runs.update((kind, in_torch_form(kind, subject, module, inputs)) for kind in in_torch)
+            where = TorchDevice.of(device)
+            stack.enter_context(torch.device(where.device))
+            module, tensors = where.move(module), where.tensors(inputs)
+            for kind in in_torch:
+                runs[kind] = where.waiting(in_torch_form(kind, subject, module, tensors))
         yield runs
 
 
-def in_torch_form(kind: str, subject: Subject, module: nn.Module, inputs: Mapping[str, Array]) -> Run:
+def on_runner(runner: Runner, inputs: Mapping[str, Array]) -> Run:
+    """As the pipeline calls it: what the stage writes in place stays where it is from call to call."""
+    held: dict[str, Held] = dict(inputs)
+
+    def run() -> None:
+        outputs = runner.run(held)
+        held.update((tensor.alias, outputs[tensor.name]) for tensor in runner.stage.outputs if tensor.alias)
+        np.asarray(min(outputs.values(), key=lambda output: output.nbytes))  # waits for a GPU
+
+    return run
+
+
+@dataclass(frozen=True)
+class TorchDevice:
+    """Where torch computes, and in which number type."""
+
+    device: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: str) -> TorchDevice:
+        """For a device of `StageRunners`."""
+        return cls("cpu", torch.float32) if device == "cpu" else cls("cuda", torch.float16)
+
+    def move(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device, self.dtype)
+
+    def pipeline(self, eager: EagerPipeline) -> EagerPipeline:
+        return eager.to(self.device, self.dtype)
+
+    def tensors(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+        """Copies, where they are not there already."""
+        made = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        return {
+            name: each.to(self.dtype) if each.is_floating_point() else each for name, each in made.items()
+        }
+
+    def waiting(self, run: Run) -> Run:
+        """The run, over when its results are there."""
+
+        def wait() -> None:
+            run()
+            torch.cuda.synchronize()
+
+        return run if self.device == "cpu" else wait
+
+
+def in_torch_form(kind: str, subject: Subject, module: nn.Module, inputs: Mapping[str, Tensor]) -> Run:
     """The module itself, compiled, or the published form in its place."""
     if kind == "published":
         return published(subject, module, inputs)
     call = torch.compile(module) if kind == "compiled" else module
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    return lambda: call(**tensors)
+    return lambda: call(**inputs)
 
 
-def published(subject: Subject, module: nn.Module, inputs: Mapping[str, Array]) -> Run:
+def published(subject: Subject, module: nn.Module, inputs: Mapping[str, Tensor]) -> Run:
     """The published form of a stage on inputs of the same sizes."""
     make: dict[str, Callable[..., Run]] = {
         "temporal_encoder": _published_temporal_encoder,
         "spatial_encoder": _published_spatial_encoder,
         "diffusion_head": _published_head,
     }
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    return make[subject.stage.name](subject, module, tensors)
+    return make[subject.stage.name](subject, module, inputs)
 
 
 def _guider(passes: int) -> Guider:
@@ -185,7 +240,7 @@ def _published_spatial_encoder(subject: Subject, module: Any, inputs: Mapping[st
     config, passes = subject.bundle.config, _passes(subject.sizes["rows"])
     samples = subject.sizes["rows"] // passes
     known = inputs["predicted_ids"][:samples, :, None]
-    tokens = torch.zeros(samples, config.num_tokens, config.token_dim)
+    tokens = inputs["tokens"].new_zeros(samples, config.num_tokens, config.token_dim)
     tokens.scatter_(1, known.expand(-1, -1, config.token_dim), inputs["tokens"][:samples])
     latents = module.image_encoder.patch_embed.unpatchify(tokens, config.token_grid)
     return lambda: encode_tokens(module, _guider(passes), latents, inputs["context"], known)
@@ -197,8 +252,13 @@ def _published_head(subject: Subject, module: Any, inputs: Mapping[str, Tensor])
     rng = np.random.default_rng(1)
     z = rng.standard_normal((sizes["passes"] * sizes["samples"], config.num_tokens, config.spatial.width))
     ids = np.stack([rng.permutation(config.num_tokens)[: sizes["next"]] for _ in range(sizes["samples"])])
-    noise = torch.randn(sizes["samples"], config.latent_channels, *config.latent_size)
+    like = inputs["noise"]
+    noise = torch.randn(sizes["samples"], config.latent_channels, *config.latent_size).to(like)
     scheduler = make_scheduler(config.scheduler, sizes["steps"])
-    all_z, now = torch.from_numpy(z.astype(np.float32)), torch.from_numpy(ids)[..., None]
+    all_z, now = torch.from_numpy(z).to(like), torch.from_numpy(ids).to(like.device)[..., None]
     guider = _guider(sizes["passes"])
-    return lambda: denoise(module, guider, scheduler, all_z, noise, now, lambda s: torch.randn(tuple(s)))
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return torch.randn(tuple(shape)).to(like)
+
+    return lambda: denoise(module, guider, scheduler, all_z, noise, now, draw)

@@ -92,7 +92,7 @@ def check_gate(stage: Stage, runner: Runner, cases: list[Case], precision: Preci
     for _, inputs, expected in cases:
         outputs = runner.run(inputs)
         for name, reference in expected.items():
-            found[name].add(reference, outputs[name])
+            found[name].add(reference, np.asarray(outputs[name]))
     verdict = judge(found, precision)
     if verdict.lost:
         raise ExportError(

@@ -31,8 +31,9 @@ from nova_export.export.passes.quantize import (
     linear_layers,
     quantize,
 )
-from nova_export.runtime.pipeline import Pipeline, StageRunners, bundle_tokenizer
+from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
 from nova_export.runtime.runner import OrtRunner, Runner
+from nova_export.runtime.stage_runners import StageRunners
 from nova_export.targets import LEAST_CHANNELS, Precision, Target
 
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 16, 10_000
@@ -134,7 +135,7 @@ def compare_on_runs(source: FloatSource, graphs: Mapping[str, Path]) -> dict[str
     bundle = source.bundle
     tokenizer = bundle_tokenizer(bundle)
     with ExitStack() as stack:
-        runners = StageRunners(bundle)
+        runners = StageRunners(bundle, "cpu")
         stack.callback(runners.close)
         tested = {
             name: stack.enter_context(OrtRunner(bundle.stages[name].spec, path))

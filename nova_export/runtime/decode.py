@@ -47,7 +47,7 @@ def decode_tile(runner: Runner, latents: Floats, tile: Tile) -> Frames:
     """
     samples = []
     for sample in latents[:, :, tile.start : tile.stop]:
-        pixels = runner.run({"latents": sample[None]})["pixels"]  # (1, 3, F, H, W)
+        pixels = np.asarray(runner.run({"latents": sample[None]})["pixels"])  # (1, 3, F, H, W)
         samples.append(to_uint8(pixels[0, :, tile.drop :]))
     return np.stack(samples)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nova_export.config import NovaConfig
 from nova_export.runtime.guidance import Guidance
 from nova_export.runtime.noise import TorchGenerator
-from nova_export.runtime.runner import Array, Runner
+from nova_export.runtime.runner import Held, Runner
 from nova_export.runtime.schedule import Schedule
 from nova_export.runtime.tokens import set_sizes, take, token_positions, unpatchify
 from nova_export.stages import cache_names
@@ -62,23 +62,24 @@ class Plan:
 class TemporalState:
     """What the temporal encoder keeps between frames: caches, how many rows are filled, frame 0's context."""
 
-    caches: dict[str, Array]
+    caches: dict[str, Held]
     filled: int = 0
-    first_context: Floats | None = None
+    first_context: Held | None = None
     empty_text: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
 
     @classmethod
     def empty(cls, plan: Plan) -> TemporalState:
         config, width = plan.config, plan.config.temporal.width
         capacity = config.condition_tokens + plan.num_frames * config.frame_tokens
-        caches = {name: np.zeros((plan.rows, capacity, width), np.float32) for name in cache_names(config)}
+        shape = plan.rows, capacity, width
+        caches: dict[str, Held] = {name: np.zeros(shape, np.float32) for name in cache_names(config)}
         return cls(caches, empty_text=np.zeros((plan.rows, 0, width), np.float32))
 
 
 def generate_latents(
     plan: Plan,
     stage: StageGetter,
-    condition: Floats,  # (rows, text and motion tokens, D), passes in the order of plan.guidance
+    condition: Held,  # (rows, text and motion tokens, D), passes in the order of plan.guidance
     generator: TorchGenerator,
     first_frame: Floats | None = None,  # (B, C, h, w): given latents, frame 0 of image to video
 ) -> Iterator[Step]:
@@ -103,15 +104,15 @@ def generate_latents(
 
 
 def encode_frame(
-    plan: Plan, runner: Runner, state: TemporalState, frame: int, condition: Floats, previous: Floats
-) -> Floats:
+    plan: Plan, runner: Runner, state: TemporalState, frame: int, condition: Held, previous: Floats
+) -> Held:
     """The frame's context (rows, M, D). Advances `state` by the rows that this call wrote to the caches."""
     config, passes = plan.config, plan.guidance.passes
     position = (
         frame if config.rotary else np.float32(frame) / np.float32(plan.num_frames / config.base_frames)
     )
     text = condition if frame == 0 else state.empty_text
-    inputs: dict[str, Array] = {
+    inputs: dict[str, Held] = {
         "text": text,
         "latents": np.tile(previous, (passes, 1, 1, 1)),
         "is_blank": np.repeat(np.array(plan.guidance.blanks), plan.batch),
@@ -129,14 +130,14 @@ def encode_frame(
     outputs = runner.run(inputs)
     state.caches = {name: outputs[f"new_{name}"] for name in state.caches}
     state.filled += text.shape[1] + config.frame_tokens
-    context: Floats = outputs["context"]
+    context = outputs["context"]
     if frame == 0:
         state.first_context = context
     return context
 
 
 def generate_frame(
-    plan: Plan, stage: StageGetter, context: Floats, order: Ints, generator: TorchGenerator, frame: int
+    plan: Plan, stage: StageGetter, context: Held, order: Ints, generator: TorchGenerator, frame: int
 ) -> Iterator[Step]:
     """The AR steps of one frame. Every frame starts from zero latents with all N tokens masked."""
     config, passes = plan.config, plan.guidance.passes
@@ -165,7 +166,7 @@ def generate_frame(
             }
         )["denoised"]
         # 3. Into the frame.
-        tokens[np.arange(plan.batch)[:, None], chosen] = denoised
+        tokens[np.arange(plan.batch)[:, None], chosen] = np.asarray(denoised)
         known += size
         yield Step(frame, plan.num_frames, index, len(sizes), unpatchify(tokens, config))
 

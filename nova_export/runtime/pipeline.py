@@ -24,7 +24,8 @@ from nova_export.runtime.generate import Floats, Plan, Step, generate_latents
 from nova_export.runtime.media import load_image
 from nova_export.runtime.noise import TorchGenerator
 from nova_export.runtime.request import FPS, Request
-from nova_export.runtime.runner import Array, OrtRunner, Runner
+from nova_export.runtime.runner import Array, Held, Runner
+from nova_export.runtime.stage_runners import StageRunners
 from nova_export.runtime.tokenizer import PromptTokenizer
 
 Callback = Callable[[Step], object]
@@ -40,36 +41,6 @@ class Output:
     frames: Frames
     latents: Floats
     seed: int | None
-
-
-class StageRunners:
-    """Runners of a bundle's stages, opened when first asked for, their files checked then.
-
-    With `low_memory` only the stages of one phase are open at a time (text, image, frame, step, decode).
-    """
-
-    def __init__(self, bundle: Bundle, threads: int = 0, low_memory: bool = False) -> None:
-        self.bundle, self.threads, self.low_memory = bundle, threads, low_memory
-        self._open: dict[str, Runner] = {}
-        self._checked: set[str] = set()
-
-    def __call__(self, name: str) -> Runner:
-        if name in self._open:
-            return self._open[name]
-        entry = self.bundle.stages[name]
-        if self.low_memory:
-            self.close(keep_phase=entry.spec.phase)
-        if name not in self._checked:
-            self.bundle.check_stage(name)
-            self._checked.add(name)
-        runner = OrtRunner(entry.spec, self.bundle.path(entry.graph), self.threads)
-        self._open[name] = runner.__enter__()
-        return self._open[name]
-
-    def close(self, keep_phase: str | None = None) -> None:
-        """Free every open runner, but those of one phase if it is named."""
-        for name in [n for n, runner in self._open.items() if runner.stage.phase != keep_phase]:
-            self._open.pop(name).__exit__(None, None, None)
 
 
 class Pipeline:
@@ -162,21 +133,20 @@ class Pipeline:
             warnings.warn(notice, stacklevel=2)
         pixels = (image.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
         posterior = self._stage("vae_encoder").run({"pixels": pixels.transpose(2, 0, 1)[None]})
-        latents: Floats = posterior["latents_mean"]
+        latents: Floats = np.asarray(posterior["latents_mean"])
         if self.config.vae.get("double_z", True):  # without a variance the published pipeline draws nothing
-            spread: Floats = posterior["latents_std"] * generator.normal(latents.shape)
+            spread: Floats = np.asarray(posterior["latents_std"]) * generator.normal(latents.shape)
             latents = latents + spread
         return np.repeat(latents, plan.batch, axis=0)
 
-    def _condition(self, request: Request, plan: Plan) -> Floats:
+    def _condition(self, request: Request, plan: Plan) -> Held:
         """What stands before the first frame (rows, tokens, D); each prompt is repeated in place."""
         prompts, negatives = request.prompts(self.config), request.negative_prompts(self.config)
         texts = (prompts, negatives)
         passes = [text for which in plan.guidance.texts for text in texts[which]]
         if self.config.is_class_conditional:
             ids = np.repeat(np.array(passes, np.int64), request.num_images_per_prompt)
-            condition: Floats = self._stage("condition").run({"class_ids": ids})["condition"]
-            return condition
+            return self._stage("condition").run({"class_ids": ids})["condition"]
         states, lengths = self._text_states(passes)
         inputs: dict[str, Array] = {
             "text_states": np.repeat(states, request.num_images_per_prompt, axis=0),
@@ -184,8 +154,7 @@ class Pipeline:
         }
         if self.config.is_video:
             inputs["motion"] = np.tile(np.array([request.motion_flow, FPS], np.float32), (plan.rows, 1))
-        condition = self._stage("condition").run(inputs)["condition"]
-        return condition
+        return self._stage("condition").run(inputs)["condition"]
 
     def _text_states(self, texts: list[str]) -> tuple[Floats, NDArray[np.int64]]:
         """Hidden states (len(texts), text_len, text dim) and lengths; each different text is encoded once.
@@ -200,7 +169,7 @@ class Pipeline:
                 warnings.warn(notice, stacklevel=2)
             token_ids = np.array([ids], np.int64)
             encoded[text] = (
-                self._stage("text_encoder").run({"token_ids": token_ids})["text_states"][0]
+                np.asarray(self._stage("text_encoder").run({"token_ids": token_ids})["text_states"])[0]
                 if ids
                 else np.zeros((0, self.config.text_dim), np.float32)
             )
@@ -210,14 +179,17 @@ class Pipeline:
         return states, np.array([len(encoded[text]) for text in texts], np.int64)
 
 
-def load(bundle: str | Path, *, threads: int = 0, low_memory: bool = False) -> Pipeline:
+def load(
+    bundle: str | Path, *, device: str | None = None, threads: int = 0, low_memory: bool = False
+) -> Pipeline:
     """Open a bundle. Stages are loaded, and their files checked, when they are first needed.
 
+    device: "cpu", "cuda", or a target that the bundle has engines for; as in `choose_device` if not told.
     threads: of ONNX Runtime; 0 leaves their number to it. low_memory: keep only one phase's stages loaded.
-    Raises BundleError.
+    Raises BundleError, UsageError, DependencyError.
     """
     opened = Bundle.open(bundle)
-    runners = StageRunners(opened, threads, low_memory)
+    runners = StageRunners(opened, device, threads, low_memory)
     return Pipeline(opened.config, runners, bundle_tokenizer(opened), runners.close)
 
 

@@ -1,12 +1,14 @@
 """Runners: one surface for whatever executes a stage.
 
-A runner is opened with `with`, fed a dict of numpy arrays and gives a dict back. It checks its inputs against
-the stage's spec, and writes aliased outputs into the input arrays that they alias.
+A runner is opened with `with`, fed a dict of arrays and gives a dict back. It checks its inputs against the
+stage's spec, and may write aliased outputs into the input arrays that they alias. Arrays are numpy's; a
+runner on a GPU gives `DeviceArray`s, which others on it take as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -15,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_export.errors import BundleError, StageError
+from nova_export.runtime.device_array import DeviceArray
 from nova_export.spec import Stage
 
 Array = NDArray[Any]
+Held = Array | DeviceArray  # on the host, or on a GPU
 
 
 class Runner(Protocol):
@@ -29,7 +33,7 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
+    def run(self, inputs: Mapping[str, Held]) -> Mapping[str, Held]: ...
 
 
 LentType = TypeVar("LentType", bound="Lent")
@@ -45,14 +49,19 @@ class Lent:
         pass
 
 
-class OrtRunner:
-    """A stage on ONNX Runtime's CPU provider. `threads` 0 leaves their number to ONNX Runtime."""
+SessionType = TypeVar("SessionType", bound="OrtSession")
+
+
+class OrtSession:
+    """A stage's graph in ONNX Runtime. `threads` 0 leaves their number to it."""
+
+    provider = "CPUExecutionProvider"
 
     def __init__(self, stage: Stage, path: Path, threads: int = 0) -> None:
         self.stage, self.path, self.threads = stage, path, threads
         self._session: Any = None
 
-    def __enter__(self) -> OrtRunner:
+    def __enter__(self: SessionType) -> SessionType:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -61,7 +70,7 @@ class OrtRunner:
         # Threads of one stage would spin on into the next one's time: benchmarks/LOG.md.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise BundleError(
                 f"{self.path}: ONNX Runtime {ort.__version__} cannot load it: {error}"
@@ -71,19 +80,29 @@ class OrtRunner:
     def __exit__(self, *_: object) -> None:
         self._session = None
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name. Raises StageError: wrong inputs, or ONNX Runtime failed."""
+    @contextmanager
+    def _running(self, inputs: Mapping[str, Held]) -> Iterator[None]:
+        """Raises StageError: wrong inputs, not open, or ONNX Runtime failed."""
         self.stage.bind(inputs)
         if self._session is None:
             raise StageError(f"stage {self.stage.name}: its runner is not open; use it in a with block")
-        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         try:
+            yield
+        except Exception as error:
+            raise StageError(f"stage {self.stage.name}: ONNX Runtime failed: {error}") from error
+
+
+class OrtRunner(OrtSession):
+    """A stage on ONNX Runtime's CPU provider."""
+
+    def run(self, inputs: Mapping[str, Held]) -> dict[str, Array]:
+        """Outputs by name. Raises StageError: wrong inputs, or ONNX Runtime failed."""
+        with self._running(inputs):
+            arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
             if any(tensor.alias for tensor in self.stage.outputs):
                 return self._run_in_place(arrays)
             names = [tensor.name for tensor in self.stage.outputs]
             return dict(zip(names, self._session.run(names, arrays), strict=True))
-        except Exception as error:
-            raise StageError(f"stage {self.stage.name}: ONNX Runtime failed: {error}") from error
 
     def _run_in_place(self, arrays: dict[str, Array]) -> dict[str, Array]:
         """Bind aliased outputs to their inputs' own memory: kernels that scatter into it copy nothing."""

@@ -17,7 +17,7 @@ import pytest
 
 from nova_export.bundle import MANIFEST, Bundle, file_entry
 from nova_export.config import NovaConfig
-from nova_export.engine import build, compiler, flavour
+from nova_export.engine import build, compatibility, compiler, flavour
 from nova_export.engine.build import build_engines, profile
 from nova_export.engine.compiler import CompileJob, compile_engine
 from nova_export.errors import BundleError, ExportError
@@ -234,8 +234,8 @@ def test_another_gpu_is_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a target means the GPU of the machine, an engine still knows which one that was."""
     found = []
     for capability in ("8.9", "12.0"):
-        monkeypatch.setattr(build, "machine_capability", lambda capability=capability: capability)
-        found.append(build.made_by(find(TARGETS, "tensorrt-rtx"))["compute capability"])
+        monkeypatch.setattr(compatibility, "machine_capability", lambda capability=capability: capability)
+        found.append(compatibility.made_by(find(TARGETS, "tensorrt-rtx"))["compute capability"])
     assert found == ["8.9", "12.0"]
 
 

@@ -283,6 +283,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_another_number_type(name: str) -> None:
+    """As it runs on GPUs, in half precision: nothing in between is made in another type."""
+    call = {"prompt": PROMPT, "num_inference_steps": 2, "num_diffusion_steps": 2, "seed": 1}
+    if name != "t2i":
+        call |= {"max_latent_length": 2, "image": np.full((64, 96, 3), 99, np.uint8)}
+    expected = eager(name)(**call)
+    own = EagerPipeline.from_checkpoint(GOLDEN / name / "checkpoint").to("cpu", torch.bfloat16)
+    seen: dict[str, torch.dtype] = {}
+    actual = own(**call, observe=lambda name, tensor: seen.setdefault(name, tensor.dtype))
+    assert {d for name, d in seen.items() if name != "pred_ids"} == {torch.bfloat16}
+    assert actual.latents.dtype == np.float32
+    error = np.abs(actual.latents - expected.latents).mean() / expected.latents.std()
+    assert 1e-4 < error < 0.2
+
+
 @pytest.mark.parametrize("name", ["t2v", "t2v-rope"])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.filterwarnings("ignore:prompt has")

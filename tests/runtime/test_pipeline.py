@@ -13,11 +13,12 @@ import pytest
 
 from nova_export.config import NovaConfig
 from nova_export.errors import Cancelled, InputError, StageError, UsageError
-from nova_export.runtime import pipeline
+from nova_export.runtime import stage_runners
 from nova_export.runtime.generate import Step
 from nova_export.runtime.noise import TorchGenerator
-from nova_export.runtime.pipeline import Pipeline, StageRunners
+from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.request import NUMBERS, Request
+from nova_export.runtime.stage_runners import StageRunners
 from nova_export.stages import stages
 from tests.conftest import GOLDEN
 from tests.runtime.fakes import FakeRunner, Record
@@ -324,12 +325,17 @@ class Sessions:
         self.checked: list[str] = []
         self.together: list[set[str]] = []  # phases that were open while a stage ran
         self.fail = ""
-        monkeypatch.setattr(pipeline, "OrtRunner", self.runner)
+        monkeypatch.setattr(stage_runners, "OrtRunner", self.runner)
         entries = {
             name: SimpleNamespace(spec=stage, graph=name, files=(name,))
             for name, stage in stages(VIDEO).items()
         }
-        self.bundle: Any = SimpleNamespace(stages=entries, check_stage=self.checked.append, path=Path)
+        self.bundle: Any = SimpleNamespace(
+            stages=entries,
+            files={name: SimpleNamespace(size=1) for name in entries},
+            check_stage=self.checked.append,
+            path=Path,
+        )
 
     def runner(self, stage: Any, path: Path, threads: int) -> Any:
         sessions = self
@@ -354,7 +360,7 @@ class Sessions:
         return Session(stage, Record())
 
     def pipe(self, **options: Any) -> Pipeline:
-        runners = StageRunners(self.bundle, **options)
+        runners = StageRunners(self.bundle, "cpu", **options)
         return Pipeline(VIDEO, runners, Tokenizer(), runners.close)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,5 @@
+"""python -m nova_export, where the command is not on the path."""
+
+from nova_export.cli import main
+
+main()

@@ -1,0 +1,77 @@
+"""`nova-export plan`: what a checkpoint or bundle takes on a target, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from nova_export.bundle import MANIFEST, Bundle
+from nova_export.cli_options import exporter, json_option
+from nova_export.config import NovaConfig
+from nova_export.demo import demo_checkpoint
+from nova_export.stages import MAX_BATCH, MAX_FRAMES
+from nova_export.targets import PRECISIONS, TARGETS, find
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path), required=False)
+@click.option("--target", default="cpu", show_default=True, help="Device, or what the bundle is to run on.")
+@click.option("--precision", default="fp32", show_default=True, help="Of all stages that it is for.")
+@click.option(
+    "--memory", type=click.FloatRange(min=0, min_open=True),
+    help="GB that there are for it; if not told, the target's own without what its system takes.",
+)  # fmt: skip
+@click.option(
+    "--batch", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True, help="Samples in one call."
+)
+@click.option(
+    "--frames", type=click.IntRange(1, MAX_FRAMES),
+    help="Latent frames; those of the checkpoint's own videos if not told.",
+)  # fmt: skip
+@click.option(
+    "--num-inference-steps", type=click.IntRange(min=1), default=64, show_default=True, help="Of a frame."
+)
+@click.option(
+    "--num-diffusion-steps", type=click.IntRange(min=1), default=25, show_default=True,
+    help="Of an autoregressive step.",
+)  # fmt: skip
+@json_option
+def plan(
+    source: Path | None,
+    target: str,
+    precision: str,
+    memory: float | None,
+    batch: int,
+    frames: int | None,
+    num_inference_steps: int,
+    num_diffusion_steps: int,
+    as_json: bool,
+) -> None:
+    """Predict what SOURCE, a checkpoint or a bundle (the demo if none), takes in memory and at least in time.
+
+    Nothing is built and no weights are read. Needs the `export` extra.
+    """
+    planning = exporter("nova_export.export.plan")
+    source = source or demo_checkpoint()
+    is_bundle = (source / MANIFEST).is_file()
+    config = Bundle.open(source).config if is_bundle else NovaConfig.from_checkpoint(source)
+    chosen, options = find(TARGETS, target), {
+        "memory": None if memory is None else int(memory * planning.GB),
+        "batch": batch,
+        "frames": frames,
+        "num_inference_steps": num_inference_steps,
+        "num_diffusion_steps": num_diffusion_steps,
+    }  # fmt: skip
+    made = planning.make_plan(config, chosen, find(PRECISIONS, precision), **options)
+    others = []
+    if made.verdict == "does not fit":
+        others = [(found.name, other.verdict) for found, other in planning.fitting(config, chosen, **options)]
+    if as_json:
+        click.echo(json.dumps({**made.to_dict(), "fitting": dict(others)}))
+        return
+    click.echo(made.table())
+    if made.verdict == "does not fit":
+        shown = ", ".join(f"{name} {how}" for name, how in others)
+        click.echo(f"what would: {shown or 'no precision'}")

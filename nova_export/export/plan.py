@@ -1,0 +1,254 @@
+"""Preflight: what a checkpoint takes on a target, in memory and at least in time, before anything is built.
+
+Costs are counted on the reference modules (meter.py); the constants below are what runtimes add to them, each
+measured: benchmarks/LOG.md. Bytes throughout; GB are 10^9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nova_export.child import GB
+from nova_export.config import NovaConfig
+from nova_export.export.meter import Cost, stage_cost
+from nova_export.runtime.decode import tiles
+from nova_export.runtime.tokens import set_sizes
+from nova_export.spec import Stage
+from nova_export.stages import stages
+from nova_export.tables import markdown
+from nova_export.targets import CPU, PRECISIONS, Hardware, Precision, Target
+
+LOOPS = ("frame", "step")  # phases while which there are caches
+PASSES = 2  # with guidance
+RUNTIME = 30_000_000  # of ONNX Runtime itself, in a process
+WORKSPACE = 1 << 23  # TensorRT's figure for the smallest engine
+ENGINE_VAE = 2.4  # TensorRT's activations of a video autoencoder, over those counted
+COMPILE = 3.0, GB // 4  # times the weights of the largest stage, and beside them
+SCALE = 4  # of a block of weights in integers
+COLUMNS = ("stage", "precision", "weights MB", "activations MB", "calls", "at least ms a call")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """seconds: at least, of one call; None where the target's rates are unknown."""
+
+    name: str
+    phase: str
+    precision: str
+    weights: int
+    activations: int
+    calls: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a video takes. caches: of keys and values. memory: what there is for it; None if unknown."""
+
+    target: str
+    stages: tuple[StagePlan, ...]
+    caches: int
+    memory: int | None
+    build: int
+
+    @property
+    def run(self) -> int:
+        """With every stage loaded."""
+        return self._needs(self.stages) + self.caches
+
+    @property
+    def run_low_memory(self) -> int:
+        """With the stages of one phase loaded at a time."""
+        phases = {stage.phase for stage in self.stages}
+        return max(
+            self._needs([stage for stage in self.stages if stage.phase == phase])
+            + (self.caches if phase in LOOPS else 0)
+            for phase in phases
+        )
+
+    def _needs(self, loaded: Collection[StagePlan]) -> int:
+        beside = RUNTIME if self.target == CPU.name else 0
+        largest = max(stage.activations for stage in loaded)
+        return beside + largest + sum(stage.weights for stage in loaded)
+
+    @property
+    def seconds(self) -> float | None:
+        """At least, of the whole video."""
+        times = [(stage.seconds, stage.calls) for stage in self.stages]
+        return None if any(each is None for each, _ in times) else sum(t * n for t, n in times if t)
+
+    @property
+    def verdict(self) -> str:
+        if self.memory is None or self.run <= self.memory:
+            return "fits" if self.memory is not None else "memory unknown"
+        return "fits with --low-memory" if self.run_low_memory <= self.memory else "does not fit"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "verdict": self.verdict,
+            "memory": self.memory,
+            "run": self.run,
+            "run_low_memory": self.run_low_memory,
+            "build": self.build,
+            "caches": self.caches,
+            "seconds_at_least": self.seconds,
+            "stages": [vars(stage) for stage in self.stages],
+        }
+
+    def table(self) -> str:
+        """For a person."""
+        rows = [
+            (
+                stage.name,
+                stage.precision,
+                f"{stage.weights / 1e6:.1f}",
+                f"{stage.activations / 1e6:.1f}",
+                str(stage.calls),
+                "-" if stage.seconds is None else f"{1000 * stage.seconds:.3g}",
+            )
+            for stage in self.stages
+        ]
+        has = "" if self.memory is None else f" of {self.memory / GB:.1f} GB"
+        lines = [
+            markdown(COLUMNS, rows),
+            "",
+            f"{self.target}: {self.verdict}",
+            f"run: {self.run / GB:.2f} GB{has}; with --low-memory {self.run_low_memory / GB:.2f} GB; "
+            f"{self.caches / GB:.2f} GB of both are caches",
+            f"build: {self.build / GB:.1f} GB of the building machine's memory",
+        ]
+        if self.seconds is not None:
+            lines.append(f"time: at least {self.seconds:.2f} s, by arithmetic and bandwidth alone")
+        return "\n".join(lines)
+
+
+def make_plan(
+    config: NovaConfig,
+    target: Target,
+    precision: Precision,
+    *,
+    memory: int | None = None,
+    batch: int = 1,
+    frames: int | None = None,
+    num_inference_steps: int = 64,
+    num_diffusion_steps: int = 25,
+) -> Plan:
+    """memory: bytes for it; if not told, of the target's hardware without what the system takes."""
+    hardware = target.hardware
+    if memory is None and hardware:
+        memory = int((hardware.memory - hardware.system) * GB)
+    call = _Call(config, batch, frames or config.video_length, num_inference_steps, num_diffusion_steps)
+    made, largest = [], 0
+    for name, stage in stages(config).items():
+        of_stage = precision.of_stage(name)
+        most = stage_cost(stage, config, call.sizes(stage, at_most=True))
+        usual = stage_cost(stage, config, call.sizes(stage, at_most=False))
+        weights = weight_bytes(most, of_stage)
+        largest = max(largest, most.weights)
+        made.append(
+            StagePlan(
+                name=name,
+                phase=stage.phase,
+                precision=of_stage.name,
+                weights=weights,
+                activations=activation_bytes(stage, most, of_stage, target, config),
+                calls=call.calls(stage),
+                seconds=_seconds(usual, weights, of_stage, hardware),
+            )
+        )
+    build = export_bytes(largest)
+    if target.runtime:
+        factor, beside = COMPILE
+        build = max(build, int(factor * max(stage.weights for stage in made) + beside))
+    return Plan(target.name, tuple(made), call.caches(target), memory, build)
+
+
+def fitting(config: NovaConfig, target: Target, **options: Any) -> Iterator[tuple[Precision, Plan]]:
+    """Precisions with which a target has the memory, be it with --low-memory; the most exact first."""
+    for precision in PRECISIONS:
+        if not precision.fastest_of and not (precision.half == "bfloat16" and target == CPU):
+            plan = make_plan(config, target, precision, **options)
+            if plan.verdict.startswith("fits"):
+                yield precision, plan
+
+
+def weight_bytes(cost: Cost, precision: Precision) -> int:
+    """Linear layers may be in integers, with a scale for each block or channel; the rest stays as it is."""
+    if precision.weights is None:
+        return cost.weights * (2 if precision.half else 4)
+    bits = {"int8": 8, "int4": 4}[precision.weights]
+    scales = SCALE / precision.block if precision.block else 0
+    return int(cost.linear * (bits / 8 + scales)) + 4 * (cost.weights - cost.linear)
+
+
+def export_bytes(weights: int) -> int:
+    """What exporting a stage with so many weights needs at most."""
+    return int(1.1 * 4 * weights) + 2 * GB
+
+
+def activation_bytes(
+    stage: Stage, cost: Cost, precision: Precision, target: Target, config: NovaConfig
+) -> int:
+    """What a stage computes in, as its runtime lays it out."""
+    counted = cost.activations * (2 if precision.half in target.kernels else 4)
+    if target.runtime is None:
+        return counted
+    factor = ENGINE_VAE if stage.part == "vae" and config.is_video else 1.0
+    return int(factor * counted) + WORKSPACE
+
+
+def _seconds(cost: Cost, weights: int, precision: Precision, hardware: Hardware | None) -> float | None:
+    """Products at the full rate, or weights read once at the full bandwidth, whichever takes longer."""
+    if hardware is None:
+        return None
+    rate = hardware.int8 if precision.inputs else hardware.half
+    return max(cost.operations / (rate * 1e12), weights / (hardware.bandwidth * GB))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A video: sizes of every axis, and how often each stage is called."""
+
+    config: NovaConfig
+    batch: int
+    frames: int
+    num_inference_steps: int
+    num_diffusion_steps: int
+
+    def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
+        """at_most: the largest of the video; else those of a call in its middle."""
+        config, sets = self.config, set_sizes(self.config.num_tokens, self.num_inference_steps)
+        capacity = config.condition_tokens + self.frames * config.frame_tokens
+        of_call = {
+            "rows": PASSES * self.batch,
+            "prompts": 1,
+            "length": config.text_len,
+            "text": config.condition_tokens if at_most else 0,
+            "capacity": capacity,
+            "predicted": config.num_tokens - sets[-1] if at_most else config.num_tokens // 2,
+            "next": max(sets) if at_most else -(-config.num_tokens // len(sets)),
+            "passes": PASSES,
+            "samples": self.batch,
+            "steps": self.num_diffusion_steps,
+            "rest": 1,
+            "latent_frames": min(self.frames, config.tiling.latent_frames),
+        }
+        return {axis.name: of_call.get(axis.name, axis.max) for axis in stage.axes}
+
+    def calls(self, stage: Stage) -> int:
+        """In one video."""
+        sets = len(set_sizes(self.config.num_tokens, self.num_inference_steps))
+        decodes = self.batch * len(list(tiles(self.config.tiling, self.frames)))
+        of_phase = {"text": 1, "image": 0, "frame": self.frames, "decode": decodes}
+        calls = of_phase.get(stage.phase, self.frames * sets)
+        return PASSES if stage.name == "text_encoder" else calls
+
+    def caches(self, target: Target) -> int:
+        """Keys and values, in float32. An engine does not write in place: it has each twice."""
+        config = self.config
+        capacity = config.condition_tokens + self.frames * config.frame_tokens
+        values = 2 * config.temporal.depth * PASSES * self.batch * capacity * config.temporal.width
+        return 4 * values * (2 if target.runtime else 1)

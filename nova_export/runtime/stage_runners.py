@@ -1,0 +1,106 @@
+"""The stages of a bundle on a device: whether they can run here, and their runners, opened when needed."""
+
+from __future__ import annotations
+
+from nova_export.bundle import Bundle
+from nova_export.child import GB, available_memory
+from nova_export.engine.compatibility import check_engines
+from nova_export.engine.flavour import machine_capability
+from nova_export.errors import BundleError, DependencyError, MemoryShortage, UsageError
+from nova_export.runtime.cuda import Gpu
+from nova_export.runtime.ort_cuda import PROVIDERS, OrtCudaRunner
+from nova_export.runtime.runner import OrtRunner, Runner
+from nova_export.runtime.tensorrt import TensorRtRunner
+from nova_export.targets import TARGETS, find
+
+
+def choose_device(bundle: Bundle) -> str:
+    """Where a bundle runs if nobody says: on the CPU where there is no GPU, or nothing was built for one.
+
+    Raises BundleError where there is one, but none of the bundle's engines is for it.
+    """
+    if machine_capability() is None:
+        return "cpu"
+    if not bundle.engines:
+        return "cuda" if bundle.target == "cuda" else "cpu"
+    reasons = {}
+    for target in bundle.engines:
+        try:
+            check_engines(bundle, target)
+            return target
+        except (BundleError, DependencyError) as error:
+            reasons[target] = str(error)
+    if len(reasons) == 1:
+        raise BundleError(*reasons.values())
+    raise BundleError("no engines of the bundle can run here: " + "; ".join(reasons.values()))
+
+
+def check_memory(bundle: Bundle, low_memory: bool) -> None:
+    """Whether the machine has memory for the weights alone. Raises MemoryShortage, before any are read."""
+    phases: dict[str, int] = {}
+    for stage in bundle.stages.values():
+        size = sum(bundle.files[path].size for path in stage.files)
+        phases[stage.spec.phase] = phases.get(stage.spec.phase, 0) + size
+    at_once, least = sum(phases.values()), max(phases.values())
+    there, needed = available_memory(), least if low_memory else at_once
+    if there is None or needed <= there:
+        return
+    way = "build it in fp16 or int8"
+    if least <= there and not low_memory:
+        way = f"--low-memory needs {least / GB:.1f} GB"
+    sizes = f"its weights take {needed / GB:.1f} GB, and {there / GB:.1f} GB of memory are free"
+    raise MemoryShortage(f"{bundle.folder}: {sizes}; {way}")
+
+
+class StageRunners:
+    """Runners of a bundle's stages, opened when first asked for, their files checked then.
+
+    device: one of PROVIDERS for the graphs, or a target that the bundle has engines for. With `low_memory`
+    only the stages of one phase are open at a time (text, image, frame, step, decode).
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: str | None = None, threads: int = 0, low_memory: bool = False
+    ) -> None:
+        self.bundle, self.threads, self.low_memory = bundle, threads, low_memory
+        self.device = device or choose_device(bundle)
+        if self.device not in PROVIDERS:
+            if self.device not in bundle.engines:
+                there = ", ".join([*PROVIDERS, *bundle.engines])
+                raise UsageError(f"device {self.device!r}: this bundle runs on {there}")
+            check_engines(bundle, self.device)
+        else:
+            check_memory(bundle, low_memory)
+        self._gpu: Gpu | None = None
+        self._open: dict[str, Runner] = {}
+        self._checked: set[str] = set()
+
+    def __call__(self, name: str) -> Runner:
+        if name in self._open:
+            return self._open[name]
+        if self.low_memory:
+            self.close(keep_phase=self.bundle.stages[name].spec.phase)
+        runner = self._runner(name)
+        self._checked.add(name)
+        self._open[name] = runner.__enter__()
+        return self._open[name]
+
+    def _runner(self, name: str) -> Runner:
+        entry, checked = self.bundle.stages[name], name in self._checked
+        if self.device in PROVIDERS:
+            if not checked:
+                self.bundle.check_stage(name)
+            kind = OrtRunner if self.device == "cpu" else OrtCudaRunner
+            return kind(entry.spec, self.bundle.path(entry.graph), self.threads)
+        engine = self.bundle.engines[self.device][name]
+        if not checked:
+            self.bundle.check(engine.file)
+        self._gpu = self._gpu or Gpu()
+        return TensorRtRunner(
+            engine.spec, self.bundle.path(engine.file), str(find(TARGETS, self.device).runtime), self._gpu
+        )
+
+    def close(self, keep_phase: str | None = None) -> None:
+        """Free every open runner, but those of one phase if it is named."""
+        for name in [n for n, runner in self._open.items() if runner.stage.phase != keep_phase]:
+            self._open.pop(name).__exit__(None, None, None)

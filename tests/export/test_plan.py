@@ -1,0 +1,187 @@
+"""What a stage costs, counted by hand beside it; what a plan makes of it; and refusals before the work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nova_export.config import NovaConfig
+from nova_export.export import build
+from nova_export.export.meter import stage_cost
+from nova_export.export.plan import GB, RUNTIME, make_plan, weight_bytes
+from nova_export.runtime import stage_runners
+from nova_export.spec import Axis, Stage
+from nova_export.spec import Tensor as Spec
+from nova_export.stages import stages
+from nova_export.targets import CPU, PRECISIONS, TARGETS, find
+from reference_model.checkpoint import Weights
+from tests.command_line import nova_export, only_error
+from tests.conftest import GOLDEN
+
+WIDTH = 128
+T2V = GOLDEN / "t2v" / "checkpoint"
+
+
+class Layers(nn.Module):
+    """Two layers with a wide middle, and attention of one head; a table besides."""
+
+    def __init__(self, config: NovaConfig) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.small = nn.Linear(WIDTH, 8, bias=False)
+        self.register_buffer("table", torch.zeros(7, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(F.relu(self.up(x)))
+        heads = x[:, None]
+        return self.small(F.scaled_dot_product_attention(heads, heads, heads)[:, 0])
+
+
+def layers(rows: int = 5) -> Stage:
+    return Stage(
+        name="layers",
+        module="tests.export.test_plan:Layers",
+        part="transformer",
+        prefixes=(),
+        phase="step",
+        inputs=(Spec("x", "float32", ("batch", rows, WIDTH)),),
+        outputs=(Spec("y", "float32", ("batch", rows, 8)),),
+        axes=(Axis("batch", 1, 1, 9),),
+    )
+
+
+@pytest.fixture(scope="module")
+def config() -> NovaConfig:
+    return NovaConfig.from_checkpoint(T2V)
+
+
+def test_costs_are_those_counted_by_hand(config: NovaConfig) -> None:
+    cost = stage_cost(layers(), config, {"batch": 3})
+    wide = 4 * WIDTH * WIDTH
+    assert cost.linear == 2 * wide  # the small one has too few outputs
+    assert cost.weights == 2 * wide + 5 * WIDTH + 8 * WIDTH + 7 * WIDTH
+    rows = 3 * 5
+    assert cost.activations == rows * (WIDTH + 4 * WIDTH + 4 * WIDTH)  # the input, and both sides of the relu
+    assert cost.operations == 2 * rows * (2 * wide + 8 * WIDTH) + 2 * 2 * 3 * 5 * 5 * WIDTH
+
+
+def test_nothing_is_computed(config: NovaConfig) -> None:
+    """Ten million rows would take 400 GB."""
+    cost = stage_cost(layers(10**7), config, {"batch": 9})
+    assert cost.activations == 9 * 10**7 * 9 * WIDTH
+
+
+@pytest.mark.parametrize("name", ["t2v", "t2i", "t2v-rope"])
+def test_weights_are_those_of_the_checkpoint(name: str) -> None:
+    checkpoint = GOLDEN / name / "checkpoint"
+    config = NovaConfig.from_checkpoint(checkpoint)
+    plan = make_plan(config, CPU, find(PRECISIONS, "fp32"))
+    for planned in plan.stages:
+        stage = stages(config)[planned.name]
+        shapes = Weights(checkpoint / stage.part).shapes
+        stored = sum(torch.Size(shapes[key]).numel() for key in shapes if key.startswith(stage.prefixes))
+        tables = planned.weights / 4 - stored  # of positions: they are weights too, though no file has them
+        assert 0 <= tables <= config.num_tokens * config.spatial.width * 2, planned.name
+
+
+def test_a_video_takes_what_its_stages_and_caches_take(config: NovaConfig) -> None:
+    plan = make_plan(config, CPU, find(PRECISIONS, "fp32"), batch=2, frames=5)
+    depth, width = config.temporal.depth, config.temporal.width
+    assert plan.caches == 4 * 2 * depth * 4 * (config.condition_tokens + 5 * config.frame_tokens) * width
+    assert plan.run == RUNTIME + plan.caches + sum(s.weights for s in plan.stages) + max(
+        s.activations for s in plan.stages
+    )
+    assert plan.run_low_memory < plan.run
+    step = [s for s in plan.stages if s.phase == "step"]
+    assert plan.run_low_memory >= plan.caches + sum(s.weights for s in step) + max(
+        s.activations for s in step
+    )
+    assert {s.name: s.calls for s in plan.stages if s.phase == "frame"} == {"temporal_encoder": 5}
+    assert make_plan(
+        config, find(TARGETS, "rtx-4090"), find(PRECISIONS, "fp16"), batch=2, frames=5
+    ).caches == (2 * plan.caches)
+
+
+def test_precisions_take_less(config: NovaConfig) -> None:
+    cost = stage_cost(layers(), config, {"batch": 1})
+    taken = {each.name: weight_bytes(cost, each) for each in PRECISIONS if not each.fastest_of}
+    rest = cost.weights - cost.linear
+    assert taken["fp32"] == 4 * cost.weights and taken["fp16"] == taken["bf16"] == 2 * cost.weights
+    assert taken["int8"] == cost.linear + 4 * rest
+    assert taken["int4-weights"] == cost.linear * (0.5 + 4 / 32) + 4 * rest
+
+
+def test_the_verdict_follows_the_memory(config: NovaConfig) -> None:
+    fp32, target = find(PRECISIONS, "fp32"), find(TARGETS, "l4")
+    plan = make_plan(config, target, fp32)
+    assert plan.verdict == "fits" and plan.memory == int((24 - 0.6) * GB) and plan.seconds
+    assert replace(plan, memory=plan.run - 1).verdict == "fits with --low-memory"
+    assert replace(plan, memory=plan.run_low_memory - 1).verdict == "does not fit"
+    assert make_plan(config, CPU, fp32).verdict == "memory unknown"
+    assert make_plan(config, CPU, fp32).seconds is None
+
+
+def test_time_is_bound_by_weights_or_by_arithmetic(config: NovaConfig) -> None:
+    target, fp16 = find(TARGETS, "l4"), find(PRECISIONS, "fp16")
+    assert target.hardware
+    slow = replace(target, hardware=replace(target.hardware, bandwidth=1e-9))
+    stage = {s.name: s for s in make_plan(config, slow, fp16).stages}["spatial_encoder"]
+    assert stage.seconds == pytest.approx(stage.weights)  # a byte a second
+    slow = replace(target, hardware=replace(target.hardware, half=1e-12))
+    [usual] = [
+        stage_cost(stages(config)["diffusion_head"], config, {
+            "passes": 2, "samples": 1, "next": 1, "steps": 25, "rest": 1
+        })
+    ]  # fmt: skip
+    stage = {s.name: s for s in make_plan(config, slow, fp16).stages}["diffusion_head"]
+    assert stage.seconds == pytest.approx(usual.operations)
+
+
+# The command, and refusals
+
+
+def test_the_command_says_what_would_fit() -> None:
+    small = ("plan", T2V, "--target", "jetson-orin-nano-8gb", "--precision", "fp32")
+    assert "fits" in nova_export(*small).out and "time: at least" in nova_export(*small).out
+    table = nova_export(*small, "--memory", "0.02").out
+    assert "does not fit" in table and "what would: " in table
+    found = json.loads(nova_export(*small, "--memory", "0.02", "--json").out)
+    assert found["verdict"] == "does not fit" and {s["name"] for s in found["stages"]} >= {"vae_decoder"}
+    assert all(how.startswith("fits") for how in found["fitting"].values())
+
+
+def test_a_bundle_is_planned_as_its_checkpoint(golden_bundle: Callable[[str], Path]) -> None:
+    both = [nova_export("plan", path, "--json").out for path in (T2V, golden_bundle("t2v"))]
+    assert both[0] == both[1]
+
+
+def test_building_is_refused_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "available_memory", lambda: 10**9)
+    only_error(nova_export("build", T2V, "-o", tmp_path / "new", "-q"), 10, "exporting", "1.0 GB are free")
+    assert not list(tmp_path.iterdir())
+
+
+def test_running_is_refused_where_memory_is_short(
+    golden_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(golden_bundle("t2i"), tmp_path / "bundle"))
+    sizes: dict[str, int] = {}
+    entries: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    for name, stage in entries["stages"].items():
+        sizes[name] = sum(entries["files"][file]["size"] for file in stage["files"])
+    command = ("run", "a", "--bundle", path, "-o", tmp_path / "out.png", "-q")
+    monkeypatch.setattr(stage_runners, "available_memory", lambda: sum(sizes.values()) - 1)
+    only_error(nova_export(*command), 10, "its weights take", "--low-memory needs")
+    short = ("--num-inference-steps", "1", "--num-diffusion-steps", "1")
+    assert nova_export(*command, "--low-memory", *short).code == 0
+    monkeypatch.setattr(stage_runners, "available_memory", lambda: 10)
+    only_error(nova_export(*command, "--low-memory"), 10, "its weights take", "int8")

@@ -1,0 +1,324 @@
+"""Runners on GPUs, over fakes of CUDA and TensorRT that run the graphs: what is copied, freed and refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nova_export
+from nova_export.bundle import MANIFEST, Bundle
+from nova_export.engine import compatibility, flavour
+from nova_export.errors import BundleError, DependencyError, StageError, UsageError
+from nova_export.runtime import stage_runners
+from nova_export.runtime.cuda import Gpu
+from nova_export.runtime.device_array import DeviceArray
+from nova_export.runtime.ort_cuda import OrtCudaRunner
+from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
+from nova_export.runtime.runner import OrtRunner
+from nova_export.runtime.stage_runners import choose_device
+from nova_export.stages import cache_names
+from tests.runtime.fake_gpu import CAPABILITY, TARGET, FakeCuda, FakeTensorRt, add_engines
+
+CALL = {
+    "prompt": "a red circle moving right",
+    "max_latent_length": 3,
+    "num_inference_steps": 2,
+    "num_diffusion_steps": 2,
+    "seed": 3,
+}
+
+
+@pytest.fixture
+def bundle(golden_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A bundle with engines, which the fakes can run."""
+    path = Path(shutil.copytree(golden_bundle("t2v"), tmp_path / "bundle"))
+    add_engines(path)
+    return path
+
+
+class Machine:
+    """A machine with a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self._patch = monkeypatch
+        self.cuda = FakeCuda()
+        self.trt = FakeTensorRt(self.cuda, **options)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", self.cuda)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", SimpleNamespace(cuuint64_t=int))
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.trt)
+        self.has(CAPABILITY)
+
+    def has(self, capability: str | None) -> None:
+        for module in (compatibility, stage_runners):
+            self._patch.setattr(module, "machine_capability", lambda: capability)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Bundle:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    change(manifest)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    return Bundle.open(bundle)
+
+
+# TensorRT
+
+
+@pytest.mark.parametrize("options", [{}, {"aliases": True}, {"on_host": ("cache_length",)}], ids=str)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_engines_make_the_same_video(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], low_memory: bool
+) -> None:
+    expected = nova_export.load(bundle, device="cpu")(**CALL)
+    machine = Machine(monkeypatch, **options)
+    with nova_export.load(bundle, low_memory=low_memory) as pipe:
+        actual = pipe(**CALL)
+    np.testing.assert_array_equal(actual.latents, expected.latents)
+    np.testing.assert_array_equal(actual.frames, expected.frames)
+    assert len(machine.trt.scratch) == 1  # all stages compute in the same
+    assert machine.cuda.kept_after_free == 2**64 - 1
+    del pipe
+    gc.collect()
+    assert not machine.cuda.live
+
+
+def test_what_stages_pass_on_stays_on_the_gpu(bundle: Path, machine: Machine) -> None:
+    """Caches, contexts and z are copied at no time but once, when they are still zeros of the host."""
+    with nova_export.load(bundle) as pipe:
+        config = pipe.config
+        pipe(**CALL)
+    uploads, rows, frames, steps = machine.cuda.uploads, 2, 3, 2
+    capacity = config.condition_tokens + frames * config.frame_tokens
+    width = 4 * rows * config.temporal.width
+    assert uploads.count(width * capacity) == len(cache_names(config))
+    assert uploads.count(width * config.frame_tokens) == (1 if config.mixer_rank is not None else 0)
+    z = 4 * rows * (config.num_tokens // steps) * config.spatial.width
+    assert z not in uploads
+
+
+@pytest.mark.parametrize(
+    ("made_of", "words"),
+    [
+        ({"version": "1.2.2"}, "version was '1.2.2', is '1.2.3'"),
+        ({"compute capability": "12.0"}, "compute capability was '12.0', is '8.9'"),
+        ({"runtime": "TensorRT"}, "runtime was 'TensorRT', is 'TensorRT-RTX'"),
+    ],
+)
+def test_engines_of_other_machines_are_not_loaded(
+    golden_bundle: Callable[[str], Path],
+    tmp_path: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    made_of: dict[str, str],
+    words: str,
+) -> None:
+    path = Path(shutil.copytree(golden_bundle("t2v"), tmp_path / "bundle"))
+    add_engines(path, **made_of)
+    monkeypatch.setattr(machine.trt, "Runtime", None)  # it would fail
+    for device in (None, TARGET):
+        with pytest.raises(BundleError, match=words) as caught:
+            nova_export.load(path, device=device)
+        assert f"nova-export engines {path} --target {TARGET}" in str(caught.value)
+        assert "--device cpu" in str(caught.value)
+    nova_export.load(path, device="cpu")
+
+
+def test_a_missing_engine_is_named(bundle: Path, machine: Machine) -> None:
+    edit(bundle, lambda manifest: manifest["engines"][TARGET].pop("vae_decoder"))
+    with pytest.raises(BundleError, match="has no engine of vae_decoder for rtx-40"):
+        nova_export.load(bundle)
+
+
+def test_an_engine_that_was_changed_is_not_loaded(bundle: Path, machine: Machine) -> None:
+    file = bundle / "engines" / "condition.engine"
+    file.write_bytes(file.read_bytes().swapcase())
+    with pytest.raises(BundleError, match="was changed"):
+        nova_export.load(bundle)(**CALL)
+
+
+def test_what_tensorrt_says_is_passed_on(bundle: Path, machine: Machine) -> None:
+    edit(bundle, lambda manifest: manifest["files"].update(damaged(bundle / "engines/text_encoder.engine")))
+    with pytest.raises(BundleError, match=r"text_encoder.engine: TensorRT-RTX 1.2.3 .*magic tag"):
+        nova_export.load(bundle)(**CALL)
+    machine.trt.fails = "an illegal memory access"
+    stage = Bundle.open(bundle).stages["condition"].spec
+    with pytest.raises(StageError, match="stage condition: TensorRT-RTX failed: an illegal memory access"):
+        pipe = nova_export.load(bundle)
+        runner = pipe._stage("condition")
+        sizes = {axis.name: axis.opt for axis in stage.axes}
+        shapes = stage.shapes(sizes)
+        runner.run({t.name: np.zeros(shapes[t.name], t.dtype) for t in stage.inputs})
+
+
+def damaged(engine: Path) -> dict[str, Any]:
+    from nova_export.bundle import file_entry
+
+    engine.write_bytes(b"no engine")
+    return {f"engines/{engine.name}": file_entry(engine)}
+
+
+def test_too_little_memory_is_said_with_a_way_out(bundle: Path, machine: Machine) -> None:
+    machine.cuda.memory = 1 << 16
+    with pytest.raises(StageError, match=r"allocating \d+ MiB: out of memory.*--low-memory"):
+        nova_export.load(bundle)(**CALL)
+
+
+# Arrays
+
+
+def test_arrays_come_back_as_they_went(machine: Machine) -> None:
+    gpu, array = Gpu(), np.arange(6, dtype=np.float32).reshape(2, 3)
+    held = gpu.upload(array.T)  # not contiguous
+    array[:] = 0
+    np.testing.assert_array_equal(np.asarray(held), np.arange(6).reshape(2, 3).T)
+    again = held.reshape(2, -1)
+    del held
+    gc.collect()
+    assert again.shape == (2, 3) and np.asarray(again).tolist() == [[0, 3, 1], [4, 2, 5]]
+    with pytest.raises(ValueError, match="no shape"):
+        again.reshape(4, -1)
+    assert np.asarray(gpu.upload(np.zeros((2, 0), np.int64))).shape == (2, 0)
+
+
+def test_scratch_grows_and_is_never_there_twice(machine: Machine) -> None:
+    gpu = Gpu()
+    first = gpu.arena(100)
+    assert gpu.arena(50) == first
+    assert gpu.arena(200) != first
+    assert [len(memory) for memory in machine.cuda.live.values()] == [200]
+
+
+# Which device
+
+
+def test_the_device_is_the_engines_where_they_can_run(bundle: Path, machine: Machine) -> None:
+    opened = Bundle.open(bundle)
+    assert choose_device(opened) == TARGET
+    machine.has(None)
+    assert choose_device(opened) == "cpu"
+    machine.has(CAPABILITY)
+    assert choose_device(edit(bundle, lambda manifest: manifest.pop("engines"))) == "cpu"
+    assert choose_device(edit(bundle, lambda manifest: manifest.update(target="cuda"))) == "cuda"
+
+
+def test_the_first_target_that_fits_is_taken(bundle: Path, machine: Machine) -> None:
+    def others(manifest: dict[str, Any]) -> None:
+        entries = json.loads(json.dumps(manifest["engines"][TARGET]))
+        for entry in entries.values():
+            entry["made_of"]["compute capability"] = "12.0"
+        manifest["engines"] = {"rtx-50": entries, **manifest["engines"]}
+
+    opened = edit(bundle, others)
+    assert choose_device(opened) == TARGET
+    machine.has("12.0")
+    assert choose_device(opened) == "rtx-50"
+    machine.has("8.6")
+    with pytest.raises(BundleError, match=r"was '12.0', is '8.6'.*was '8.9', is '8.6'"):
+        choose_device(opened)
+
+
+def test_a_device_that_is_not_there(bundle: Path, machine: Machine) -> None:
+    with pytest.raises(UsageError, match="device 'rtx-50': this bundle runs on cuda, cpu, rtx-40"):
+        nova_export.load(bundle, device="rtx-50")
+    machine.has(None)
+    with pytest.raises(UsageError, match="rtx-40: there is no NVIDIA GPU in this machine; --device cpu"):
+        nova_export.load(bundle, device=TARGET)
+
+
+def test_without_tensorrt_or_cuda_python(
+    bundle: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(DependencyError, match="cuda-bindings"):
+        nova_export.load(bundle)(**CALL)
+    missing = flavour.Flavour("TensorRT-RTX", "tensorrt_that_is_not_there", "rtx")
+    monkeypatch.setitem(flavour.FLAVOURS, "tensorrt-rtx", missing)
+    with pytest.raises(DependencyError, match=r"nova-export\[rtx\]"):
+        nova_export.load(bundle, device=TARGET)
+
+
+def test_without_a_driver_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real cuda-python."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    if int(runtime.cudaGetDeviceCount()[0]) == 0:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(StageError, match=r"CUDA failed in .*driver"):
+        Gpu()
+
+
+# ONNX Runtime
+
+
+def test_graphs_bound_to_memory_make_the_same_video(golden_bundle: Callable[[str], Path]) -> None:
+    """What runs on GPUs, on the CPU's provider: aliased outputs in place, the others passed on unread."""
+    opened = Bundle.open(golden_bundle("t2v"))
+    runners: dict[str, Any] = {}
+
+    def stage(kind: Callable[..., Any]) -> Callable[[str], Any]:
+        def get(name: str) -> Any:
+            entry = opened.stages[name]
+            key = f"{kind} {name}"
+            if key not in runners:
+                runners[key] = kind(entry.spec, opened.path(entry.graph)).__enter__()
+            return runners[key]
+
+        return get
+
+    def bound(spec: Any, path: Path) -> OrtCudaRunner:
+        return OrtCudaRunner(spec, path, device="cpu")
+
+    expected, actual = (
+        Pipeline(opened.config, stage(kind), bundle_tokenizer(opened))(**CALL) for kind in (OrtRunner, bound)
+    )
+    np.testing.assert_array_equal(actual.latents, expected.latents)
+    np.testing.assert_array_equal(actual.frames, expected.frames)
+
+
+def test_aliased_outputs_are_the_memory_of_their_inputs(golden_bundle: Callable[[str], Path]) -> None:
+    entry = Bundle.open(golden_bundle("t2v")).stages["temporal_encoder"]
+    shapes = entry.spec.shapes({axis.name: axis.opt for axis in entry.spec.axes})
+    inputs = {t.name: np.zeros(shapes[t.name], t.dtype) for t in entry.spec.inputs}
+    with OrtCudaRunner(entry.spec, golden_bundle("t2v") / entry.graph, device="cpu") as runner:
+        first = runner.run(inputs)
+        caches = {t.alias: first[t.name] for t in entry.spec.outputs if t.alias}
+        second = runner.run({**inputs, **caches})
+    assert all(isinstance(array, DeviceArray) for array in first.values())
+    for tensor in entry.spec.outputs:
+        if tensor.alias:
+            assert second[tensor.name].pointer == caches[tensor.alias].pointer
+
+
+def test_an_onnx_runtime_for_cpus_alone_is_refused(golden_bundle: Callable[[str], Path]) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime is for CUDA")
+    with pytest.raises(DependencyError, match="onnxruntime-gpu"):
+        nova_export.load(golden_bundle("t2i"), device="cuda")("a")
+
+
+def test_a_silent_fallback_to_the_cpu_is_refused(
+    golden_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime only warns where its CUDA cannot start."""
+    import onnxruntime
+
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    fallen = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: fallen)
+    with pytest.raises(StageError, match=r"cannot use the GPU.*--device cpu"):
+        nova_export.load(golden_bundle("t2i"), device="cuda")("a")
