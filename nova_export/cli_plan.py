@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from nova_export.bundle import MANIFEST, Bundle
+from nova_export.child import GB, available_memory
 from nova_export.cli_options import exporter, json_option
 from nova_export.config import NovaConfig
 from nova_export.demo import demo_checkpoint
 from nova_export.stages import MAX_BATCH, MAX_FRAMES
-from nova_export.targets import PRECISIONS, TARGETS, find
+from nova_export.targets import CPU, PRECISIONS, TARGETS, find
 
 
 @click.command()
@@ -21,7 +22,7 @@ from nova_export.targets import PRECISIONS, TARGETS, find
 @click.option("--precision", default="fp32", show_default=True, help="Of all stages that it is for.")
 @click.option(
     "--memory", type=click.FloatRange(min=0, min_open=True),
-    help="GB that there are for it; if not told, the target's own without what its system takes.",
+    help="GB that there are for it; if not told, of the target without its system, or free in this machine.",
 )  # fmt: skip
 @click.option(
     "--batch", type=click.IntRange(1, MAX_BATCH), default=1, show_default=True, help="Samples in one call."
@@ -57,17 +58,14 @@ def plan(
     source = source or demo_checkpoint()
     is_bundle = (source / MANIFEST).is_file()
     config = Bundle.open(source).config if is_bundle else NovaConfig.from_checkpoint(source)
-    chosen, options = find(TARGETS, target), {
-        "memory": None if memory is None else int(memory * planning.GB),
-        "batch": batch,
-        "frames": frames,
-        "num_inference_steps": num_inference_steps,
-        "num_diffusion_steps": num_diffusion_steps,
-    }  # fmt: skip
-    made = planning.make_plan(config, chosen, find(PRECISIONS, precision), **options)
-    others = []
+    video = planning.Video(
+        config, batch, frames or config.video_length, num_inference_steps, num_diffusion_steps
+    )
+    chosen, costs = find(TARGETS, target), planning.Costs.count(video)
+    there = available_memory() if memory is None and chosen == CPU else memory and int(memory * GB)
+    made, others = planning.make_plan(costs, chosen, find(PRECISIONS, precision), there), []
     if made.verdict == "does not fit":
-        others = [(found.name, other.verdict) for found, other in planning.fitting(config, chosen, **options)]
+        others = [(found.name, other.verdict) for found, other in planning.fitting(costs, chosen, there)]
     if as_json:
         click.echo(json.dumps({**made.to_dict(), "fitting": dict(others)}))
         return

@@ -67,7 +67,7 @@ class Meter(TorchDispatchMode):
     """Follows the memory that tensors have: every storage counts from when it is made until nobody has it."""
 
     def __init__(self, inputs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.most = 0
         self._known: set[int] = set()
         for tensor in inputs:

@@ -31,6 +31,52 @@ COLUMNS = ("stage", "precision", "weights MB", "activations MB", "calls", "at le
 
 
 @dataclass(frozen=True)
+class Video:
+    """What is asked for: sizes of every axis, and how often each stage is called. frames: latent ones."""
+
+    config: NovaConfig
+    batch: int = 1
+    frames: int = 1
+    num_inference_steps: int = 64
+    num_diffusion_steps: int = 25
+
+    def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
+        """at_most: the largest of the video; else those of a call in its middle."""
+        config, sets = self.config, set_sizes(self.config.num_tokens, self.num_inference_steps)
+        capacity = config.condition_tokens + self.frames * config.frame_tokens
+        of_call = {
+            "rows": PASSES * self.batch,
+            "prompts": 1,
+            "length": config.text_len,
+            "text": config.condition_tokens if at_most else 0,
+            "capacity": capacity,
+            "predicted": config.num_tokens - sets[-1] if at_most else config.num_tokens // 2,
+            "next": max(sets) if at_most else -(-config.num_tokens // len(sets)),
+            "passes": PASSES,
+            "samples": self.batch,
+            "steps": self.num_diffusion_steps,
+            "rest": 1,
+            "latent_frames": min(self.frames, config.tiling.latent_frames),
+        }
+        return {axis.name: of_call.get(axis.name, axis.max) for axis in stage.axes}
+
+    def calls(self, stage: Stage) -> int:
+        """In one video."""
+        sets = len(set_sizes(self.config.num_tokens, self.num_inference_steps))
+        decodes = self.batch * len(list(tiles(self.config.tiling, self.frames)))
+        of_phase = {"text": 1, "image": 0, "frame": self.frames, "decode": decodes}
+        calls = of_phase.get(stage.phase, self.frames * sets)
+        return PASSES if stage.name == "text_encoder" else calls
+
+    def caches(self, target: Target) -> int:
+        """Keys and values, in float32. An engine does not write in place: it has each twice."""
+        config = self.config
+        capacity = config.condition_tokens + self.frames * config.frame_tokens
+        values = 2 * config.temporal.depth * PASSES * self.batch * capacity * config.temporal.width
+        return 4 * values * (2 if target.runtime else 1)
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """seconds: at least, of one call; None where the target's rates are unknown."""
 
@@ -125,52 +171,57 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
-    config: NovaConfig,
-    target: Target,
-    precision: Precision,
-    *,
-    memory: int | None = None,
-    batch: int = 1,
-    frames: int | None = None,
-    num_inference_steps: int = 64,
-    num_diffusion_steps: int = 25,
-) -> Plan:
+@dataclass(frozen=True)
+class Costs:
+    """What a video costs, by stage: of its largest call, and of one in its middle."""
+
+    video: Video
+    largest: Mapping[str, Cost]
+    usual: Mapping[str, Cost]
+
+    @classmethod
+    def count(cls, video: Video) -> Costs:
+        def costs(at_most: bool) -> dict[str, Cost]:
+            return {
+                name: stage_cost(stage, video.config, video.sizes(stage, at_most))
+                for name, stage in stages(video.config).items()
+            }
+
+        return cls(video, costs(at_most=True), costs(at_most=False))
+
+
+def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | None = None) -> Plan:
     """memory: bytes for it; if not told, of the target's hardware without what the system takes."""
-    hardware = target.hardware
+    hardware, video = target.hardware, costs.video
     if memory is None and hardware:
         memory = int((hardware.memory - hardware.system) * GB)
-    call = _Call(config, batch, frames or config.video_length, num_inference_steps, num_diffusion_steps)
-    made, largest = [], 0
-    for name, stage in stages(config).items():
-        of_stage = precision.of_stage(name)
-        most = stage_cost(stage, config, call.sizes(stage, at_most=True))
-        usual = stage_cost(stage, config, call.sizes(stage, at_most=False))
-        weights = weight_bytes(most, of_stage)
-        largest = max(largest, most.weights)
+    made = []
+    for name, stage in stages(video.config).items():
+        of_stage, cost = precision.of_stage(name), costs.largest[name]
+        weights = weight_bytes(cost, of_stage)
         made.append(
             StagePlan(
                 name=name,
                 phase=stage.phase,
                 precision=of_stage.name,
                 weights=weights,
-                activations=activation_bytes(stage, most, of_stage, target, config),
-                calls=call.calls(stage),
-                seconds=_seconds(usual, weights, of_stage, hardware),
+                activations=activation_bytes(stage, cost, of_stage, target, video.config),
+                calls=video.calls(stage),
+                seconds=_seconds(costs.usual[name], weights, of_stage, hardware),
             )
         )
-    build = export_bytes(largest)
+    build = export_bytes(max(cost.weights for cost in costs.largest.values()))
     if target.runtime:
         factor, beside = COMPILE
         build = max(build, int(factor * max(stage.weights for stage in made) + beside))
-    return Plan(target.name, tuple(made), call.caches(target), memory, build)
+    return Plan(target.name, tuple(made), video.caches(target), memory, build)
 
 
-def fitting(config: NovaConfig, target: Target, **options: Any) -> Iterator[tuple[Precision, Plan]]:
+def fitting(costs: Costs, target: Target, memory: int | None = None) -> Iterator[tuple[Precision, Plan]]:
     """Precisions with which a target has the memory, be it with --low-memory; the most exact first."""
     for precision in PRECISIONS:
-        if not precision.fastest_of and not (precision.half == "bfloat16" and target == CPU):
-            plan = make_plan(config, target, precision, **options)
+        if not precision.fastest_of and precision.half in (None, *target.kernels):
+            plan = make_plan(costs, target, precision, memory)
             if plan.verdict.startswith("fits"):
                 yield precision, plan
 
@@ -206,49 +257,3 @@ def _seconds(cost: Cost, weights: int, precision: Precision, hardware: Hardware 
         return None
     rate = hardware.int8 if precision.inputs else hardware.half
     return max(cost.operations / (rate * 1e12), weights / (hardware.bandwidth * GB))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A video: sizes of every axis, and how often each stage is called."""
-
-    config: NovaConfig
-    batch: int
-    frames: int
-    num_inference_steps: int
-    num_diffusion_steps: int
-
-    def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
-        """at_most: the largest of the video; else those of a call in its middle."""
-        config, sets = self.config, set_sizes(self.config.num_tokens, self.num_inference_steps)
-        capacity = config.condition_tokens + self.frames * config.frame_tokens
-        of_call = {
-            "rows": PASSES * self.batch,
-            "prompts": 1,
-            "length": config.text_len,
-            "text": config.condition_tokens if at_most else 0,
-            "capacity": capacity,
-            "predicted": config.num_tokens - sets[-1] if at_most else config.num_tokens // 2,
-            "next": max(sets) if at_most else -(-config.num_tokens // len(sets)),
-            "passes": PASSES,
-            "samples": self.batch,
-            "steps": self.num_diffusion_steps,
-            "rest": 1,
-            "latent_frames": min(self.frames, config.tiling.latent_frames),
-        }
-        return {axis.name: of_call.get(axis.name, axis.max) for axis in stage.axes}
-
-    def calls(self, stage: Stage) -> int:
-        """In one video."""
-        sets = len(set_sizes(self.config.num_tokens, self.num_inference_steps))
-        decodes = self.batch * len(list(tiles(self.config.tiling, self.frames)))
-        of_phase = {"text": 1, "image": 0, "frame": self.frames, "decode": decodes}
-        calls = of_phase.get(stage.phase, self.frames * sets)
-        return PASSES if stage.name == "text_encoder" else calls
-
-    def caches(self, target: Target) -> int:
-        """Keys and values, in float32. An engine does not write in place: it has each twice."""
-        config = self.config
-        capacity = config.condition_tokens + self.frames * config.frame_tokens
-        values = 2 * config.temporal.depth * PASSES * self.batch * capacity * config.temporal.width
-        return 4 * values * (2 if target.runtime else 1)
