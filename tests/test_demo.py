@@ -86,5 +86,5 @@ def test_the_score_is_above_a_floor(in_cache: None) -> None:
     """A fair sample of the prompts. Chance: 1 in 8 for colour, 1 in 7 for motion. All: the model card."""
     with nova_export.load(demo_bundle(build)) as pipe:
         rates = Score.of(samples_of(pipe, prompt_list()[:48])).rates[TOTAL]
-    floors = {"objects": 0.9, "background": 0.9, "colour": 0.9, "shape": 0.55, "motion": 0.82}
+    floors = {"objects": 0.95, "background": 0.95, "colour": 0.9, "shape": 0.75, "motion": 0.9}
     assert {name: rates[name].share for name in floors if rates[name].share < floors[name]} == {}

@@ -161,6 +161,7 @@ def test_a_short_training_learns(tmp_path: Path, config) -> None:
         flow=torch.full((4,), 5.0),
         crosses=torch.zeros(4),
         lit=torch.zeros(4),
+        white=torch.zeros(4),
     )
     images = replace(data, latents=data.latents[:, :, :1])
     phases = [Phase(1, 16, 20, 3e-3), Phase(3, 16, 60, 3e-3)]

@@ -56,6 +56,11 @@ class Clip:
         """Whether the background is not black."""
         return any(self.scene.background_colour)
 
+    @property
+    def is_white(self) -> bool:
+        """Whether the background is white."""
+        return self.scene.background == "white"
+
 
 @dataclass(frozen=True)
 class Track:

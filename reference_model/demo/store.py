@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nova_export.config import NovaConfig
+from nova_export.config import GENERATION_CONFIG, NovaConfig
 from reference_model.demo.model import Nova
 from reference_model.demo.recipe import SEED, recipe_hash
 from reference_model.demo.train_nova import TRANSFORMER
@@ -21,7 +21,7 @@ from reference_model.demo.vae import Vae
 from reference_model.init import Parts, model_index, write_json
 
 MODEL_CARD = Path(__file__).parent / "MODEL_CARD.md"
-
+GUIDANCE_SCALE = 2.0  # outlines are cleanest there: model card
 
 FILES = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -42,6 +42,7 @@ def write_checkpoint(
         folder = Path(temporary) / out.name
         folder.mkdir()
         write_json(folder / "model_index.json", model_index(parts))
+        write_json(folder / GENERATION_CONFIG, {"guidance_scale": GUIDANCE_SCALE})
         write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
         for part, name in FILES.items():
             write_json(folder / part / "config.json", getattr(parts, part))

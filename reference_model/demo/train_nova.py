@@ -88,13 +88,17 @@ PHASES = (
     Phase(LATENT_FRAMES, 64, 11_500, 1.5e-3, muon=True, most_snr=10.0),
     Phase(LATENT_FRAMES, 64, 12_000, 1.5e-3, muon=True, most_snr=10.0, cross_weight=2.5),
     Phase(LATENT_FRAMES, 64, 6000, 1.2e-3, muon=True, most_snr=10.0, cross_weight=2.5, lit_weight=2.5),
-)
+    Phase(
+        LATENT_FRAMES, 64, 6500, 1e-3, muon=True, most_snr=10.0,
+        cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Latents:
     """What training reads: latents (n, C, l, h, w), prompts (n, TEXT_LENGTH), their lengths, flow (n,), and
-    which show a cross (n,) and which are lit (n,), 0 or 1."""
+    which show a cross (n,), are lit (n,) and stand before white (n,), 0 or 1."""
 
     latents: Tensor
     token_ids: Tensor
@@ -102,6 +106,7 @@ class Latents:
     flow: Tensor
     crosses: Tensor
     lit: Tensor
+    white: Tensor
 
 
 def make_latents(
@@ -153,7 +158,7 @@ def train_nova(
     def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
         alone = rng.random() < IMAGE_SHARE[phase.frames > 1]
         data, frames = (images, 1) if alone else (clips, phase.frames)
-        weights = phase.weight(data.crosses.numpy(), data.lit.numpy())
+        weights = phase.weight(data.crosses.numpy(), data.lit.numpy(), data.white.numpy())
         rows = torch.from_numpy(rng.choice(len(weights), phase.batch, p=weights / weights.sum()))
         told, kept = (torch.from_numpy(rng.random(phase.batch)) for _ in range(2))
         lengths = data.lengths[rows] * (kept >= TEXT_DROPOUT)
@@ -215,12 +220,12 @@ def alpha_bars() -> Tensor:
 
 
 def _conditions(clips: Sequence[Clip], tokenizer: PromptTokenizer) -> tuple[Tensor, ...]:
-    """Token ids (n, TEXT_LENGTH), lengths (n,), flow (n,), crosses (n,) and lit (n,)."""
+    """Token ids (n, TEXT_LENGTH), lengths (n,), flow (n,); crosses, lit and white (n,) each."""
     ids = [tokenizer.encode(clip.scene.prompt())[0] for clip in clips]
     padded = torch.zeros(len(clips), TEXT_LENGTH, dtype=torch.int64)
     for row, tokens in zip(padded, ids, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
     flows = torch.tensor([clip.flow if clip.scene.motion else DEFAULT_FLOW for clip in clips])
-    crosses = torch.tensor([float(clip.has_cross) for clip in clips])
-    lit = torch.tensor([float(clip.is_lit) for clip in clips])
-    return padded, torch.tensor([len(tokens) for tokens in ids]), flows, crosses, lit
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    kinds = [(clip.has_cross, clip.is_lit, clip.is_white) for clip in clips]
+    return padded, lengths, flows, *torch.tensor(kinds).float().unbind(1)

@@ -23,6 +23,7 @@ PHASES = (Phase(1, 12, 1400, 4e-4), Phase(5, 4, 500, 4e-4), Phase(9, 4, 300, 3e-
 DECODER_PHASES = (
     Phase(9, 4, 300, 1e-4, only="decode_stage", cross_weight=2.5),
     Phase(9, 4, 3500, 2e-4, only="decode_stage", cross_weight=2.5, latent_noise=0.3),
+    Phase(9, 4, 2400, 1.5e-4, only="decode_stage", cross_weight=2.5, lit_weight=3.0, latent_noise=0.3),
 )
 KL_WEIGHT = 1e-4  # of the mean over latent elements
 
@@ -99,11 +100,11 @@ def psnr(vae: Vae, frames: int, count: int = 22) -> float:
 
 def _batch(rng: np.random.Generator, phase: Phase) -> Tensor:
     """Clips cut to the phase's frames; half of the images are of one or two shapes instead."""
-    most = phase.weight(True, True)
+    most = phase.weight(True, True, True)
 
     def sample(index: int) -> Clip:
         clip = sample_image(rng) if phase.frames == 1 and index % 2 else sample_clip(rng)
-        weight = phase.weight(clip.has_cross, clip.is_lit)
+        weight = phase.weight(clip.has_cross, clip.is_lit, clip.is_white)
         return clip if weight == most or rng.random() * most < weight else sample(index)
 
     return to_pixels([sample(index).frames[: phase.frames] for index in range(phase.batch)])

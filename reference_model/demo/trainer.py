@@ -36,6 +36,7 @@ class Phase:
     most_snr: signal to noise ratio of the diffusion loss from which on noise levels weigh less.
     cross_weight: how much more often than others a sample with a cross is drawn, the hardest outline.
     lit_weight: the same of a sample before another background than black, which most prompts leave it at.
+    white_weight: the same of a sample before white, beside lit_weight.
     latent_noise: greatest deviation of noise on the latents of a clip, for a decoder that takes a
     transformer's errors.
     """
@@ -49,11 +50,12 @@ class Phase:
     most_snr: float = math.inf
     cross_weight: float = 1.0
     lit_weight: float = 1.0
+    white_weight: float = 1.0
     latent_noise: float = 0.0
 
-    def weight(self, crosses: Any, lit: Any) -> Any:
+    def weight(self, crosses: Any, lit: Any, white: Any) -> Any:
         """How much more often than the plainest a sample is drawn: of one, or arrays of them, 0 or 1."""
-        return self.cross_weight**crosses * self.lit_weight**lit
+        return self.cross_weight**crosses * self.lit_weight**lit * self.white_weight**white
 
 
 class Trainer:
