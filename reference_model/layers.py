@@ -21,7 +21,7 @@ def frequencies(values: Tensor) -> Tensor:
 def sincos(values: Tensor) -> Tensor:
     """(...) -> (..., 256): sin, then cos, of each value times 128 frequencies (frame, motion embeddings)."""
     angles = frequencies(values)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(values.dtype)
 
 
 def position_table(width: int, grid: tuple[int, int]) -> Tensor:
@@ -56,6 +56,7 @@ def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position on interleaved (even, odd) pairs. x (B, H, S, d); cos, sin (B or 1, 1, S, d / 2)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
