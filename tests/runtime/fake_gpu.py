@@ -164,6 +164,9 @@ class FakeContext:
             self.engine.logger.log(1, self.engine.trt.fails)
             return False
         shapes, addresses, on_host = dict(self.shapes), dict(self.addresses), self.engine.trt.on_host
+        for output in self.addresses.keys() - self.shapes.keys():
+            shared = {name for name in self.shapes if self.addresses[name] == self.addresses[output]}
+            assert shared <= {self.engine.get_aliased_input_tensor(output)}, f"{output} overwrites {shared}"
         now = {name: self._read(name, shapes, addresses) for name in on_host if name in shapes}
 
         def compute() -> None:
