@@ -6,6 +6,7 @@ memory. Counts are of values, not bytes: what a value takes is a question of pre
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,14 +36,16 @@ ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attent
 
 @dataclass(frozen=True)
 class Cost:
-    """weights: values of parameters and tables; linear: those of layers that can be in integers. activations:
-    the most values that are there at a time, inputs and outputs too. operations: of products and
-    convolutions, two for a multiplication and its addition.
+    """weights: values of parameters and tables; linear: those of layers that can be in integers.
+    activations: the most values that are there at a time, inputs and outputs too, but not what is written in
+    place. scores: of the largest attention, queries times keys, which fused kernels do not keep. operations:
+    of products and convolutions, two for a multiplication and its addition.
     """
 
     weights: int
     linear: int
     activations: int
+    scores: int
     operations: int
 
 
@@ -60,7 +63,9 @@ def stage_cost(stage: Stage, config: NovaConfig, sizes: Mapping[str, int]) -> Co
             Meter(inputs.values()) as meter,
         ):
             module(**inputs)
-    return Cost(weights, linear, meter.most, flops.get_total_flops())
+    in_place = sum(math.prod(shapes[t.alias]) for t in stage.outputs if t.alias)
+    # The modules return what graphs write in place: at the most, both are there.
+    return Cost(weights, linear, meter.most - 2 * in_place, meter.scores, flops.get_total_flops())
 
 
 class Meter(TorchDispatchMode):
@@ -68,13 +73,16 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held = self.most = 0
+        self.held = self.most = self.scores = 0
         self._known: set[int] = set()
         for tensor in inputs:
             self._hold(tensor)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if "scaled_dot_product" in function.name():
+            query, key = args[:2]
+            self.scores = max(self.scores, math.prod(query.shape[:-1]) * key.shape[-2])
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
                 self._hold(each)

@@ -23,6 +23,10 @@ from nova_export.targets import CPU, PRECISIONS, Hardware, Precision, Target
 LOOPS = ("frame", "step")  # phases while which there are caches
 PASSES = 2  # with guidance
 RUNTIME = 30_000_000  # of ONNX Runtime itself, in a process
+PACKED = 1.15  # weights in ONNX Runtime, some of them also in the order that its kernels read
+PACKED_LOOP = 1.8  # the head's: of the diffusion loop's body nearly all
+SCORES = 2  # its attention keeps scores, and their softmax
+CONVOLUTIONS = 2.6  # activations of a video autoencoder there, over those counted: windows of 3D convolutions
 WORKSPACE = 1 << 23  # TensorRT's figure for the smallest engine
 ENGINE_VAE = 2.4  # TensorRT's activations of a video autoencoder, over those counted
 COMPILE = 3.0, GB // 4  # times the weights of the largest stage, and beside them
@@ -78,7 +82,8 @@ class Video:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """seconds: at least, of one call; None where the target's rates are unknown."""
+    """weights, activations: as the runtime keeps them. seconds: at least, of one call; None where the
+    target's rates are unknown."""
 
     name: str
     phase: str
@@ -198,13 +203,15 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
     made = []
     for name, stage in stages(video.config).items():
         of_stage, cost = precision.of_stage(name), costs.largest[name]
-        weights = weight_bytes(cost, of_stage)
+        weights = loaded = weight_bytes(cost, of_stage)
+        if target.runtime is None:
+            loaded = int(weights * (PACKED_LOOP if name == "diffusion_head" else PACKED))
         made.append(
             StagePlan(
                 name=name,
                 phase=stage.phase,
                 precision=of_stage.name,
-                weights=weights,
+                weights=loaded,
                 activations=activation_bytes(stage, cost, of_stage, target, video.config),
                 calls=video.calls(stage),
                 seconds=_seconds(costs.usual[name], weights, of_stage, hardware),
@@ -244,11 +251,12 @@ def activation_bytes(
     stage: Stage, cost: Cost, precision: Precision, target: Target, config: NovaConfig
 ) -> int:
     """What a stage computes in, as its runtime lays it out."""
-    counted = cost.activations * (2 if precision.half in target.kernels else 4)
+    size = 2 if precision.half in target.kernels else 4
+    is_video_vae = stage.part == "vae" and config.is_video
     if target.runtime is None:
-        return counted
-    factor = ENGINE_VAE if stage.part == "vae" and config.is_video else 1.0
-    return int(factor * counted) + WORKSPACE
+        factor = CONVOLUTIONS if is_video_vae else 1.0
+        return int(size * (factor * cost.activations + SCORES * cost.scores))
+    return int(size * (ENGINE_VAE if is_video_vae else 1.0) * cost.activations) + WORKSPACE
 
 
 def _seconds(cost: Cost, weights: int, precision: Precision, hardware: Hardware | None) -> float | None:

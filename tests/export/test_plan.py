@@ -77,6 +77,7 @@ def test_costs_are_those_counted_by_hand(config: NovaConfig) -> None:
     assert cost.weights == 2 * wide + 5 * WIDTH + 8 * WIDTH + 7 * WIDTH
     rows = 3 * 5
     assert cost.activations == rows * (WIDTH + 4 * WIDTH + 4 * WIDTH)  # the input, and both sides of the relu
+    assert cost.scores == 3 * 5 * 5
     assert cost.operations == 2 * rows * (2 * wide + 8 * WIDTH) + 2 * 2 * 3 * 5 * 5 * WIDTH
 
 
@@ -86,17 +87,27 @@ def test_nothing_is_computed(config: NovaConfig) -> None:
     assert cost.activations == 9 * 10**7 * 9 * WIDTH
 
 
-@pytest.mark.parametrize("name", ["t2v", "t2i", "t2v-rope"])
-def test_weights_are_those_of_the_checkpoint(name: str) -> None:
-    checkpoint = GOLDEN / name / "checkpoint"
+def test_caches_are_no_activations(config: NovaConfig) -> None:
+    """They are counted apart, once: graphs write them in place."""
+    stage = stages(config)["temporal_encoder"]
+    sizes = {"rows": 2, "text": 0, "capacity": 100}
+    short, long = (stage_cost(stage, config, {**sizes, "capacity": capacity}) for capacity in (100, 10_000))
+    one = 2 * 10_000 * config.temporal.width
+    assert short.activations < long.activations < one  # a mask and the like, not the caches
+
+
+@pytest.mark.parametrize("kind", ["t2v", "t2i", "t2v-rope"])
+def test_weights_are_those_of_the_checkpoint(kind: str) -> None:
+    checkpoint = GOLDEN / kind / "checkpoint"
     config = NovaConfig.from_checkpoint(checkpoint)
-    plan = planned(config)
-    for each in plan.stages:
-        stage = stages(config)[each.name]
+    costs = Costs.count(Video(config))
+    for name, stage in stages(config).items():
         shapes = Weights(checkpoint / stage.part).shapes
         stored = sum(torch.Size(shapes[key]).numel() for key in shapes if key.startswith(stage.prefixes))
-        tables = each.weights / 4 - stored  # of positions: they are weights too, though no file has them
-        assert 0 <= tables <= config.num_tokens * config.spatial.width * 2, each.name
+        tables = (
+            costs.largest[name].weights - stored
+        )  # of positions: they are weights too, though no file has them
+        assert 0 <= tables <= config.num_tokens * config.spatial.width * 2, name
 
 
 def test_a_video_takes_what_its_stages_and_caches_take(config: NovaConfig) -> None:
