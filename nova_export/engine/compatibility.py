@@ -14,7 +14,10 @@ def made_by(target: Target) -> dict[str, str]:
     """What engines for a target depend on beside graph and profile. Raises DependencyError, UsageError."""
     capability = target.compute_capability or machine_capability()
     if capability is None:
-        raise UsageError("there is no NVIDIA GPU in this machine to compile for; name a target like rtx-40")
+        raise UsageError(
+            "there is no NVIDIA GPU in this machine to compile for; name a target like rtx-40, or build with "
+            "--no-engines and compile on the device"
+        )
     if target.hardware and (wanted := target.hardware.compute_capability) != capability:
         raise UsageError(
             f"target {target.name} has compute capability {wanted}, this machine's GPU {capability}; compile "

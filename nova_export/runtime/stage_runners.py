@@ -67,7 +67,10 @@ class StageRunners:
         if self.device not in PROVIDERS:
             if self.device not in bundle.engines:
                 there = ", ".join([*PROVIDERS, *bundle.engines])
-                raise UsageError(f"device {self.device!r}: this bundle runs on {there}")
+                raise UsageError(
+                    f"device {self.device!r}: this bundle runs on {there}; "
+                    f"`nova-export engines {bundle.folder} --target TARGET` adds others"
+                )
             check_engines(bundle, self.device)
         else:
             check_memory(bundle, low_memory)
