@@ -25,11 +25,16 @@ def memory(key: str) -> int:
     raise KeyError(key)
 
 
+def system_memory(meminfo: Path = MEMINFO) -> dict[str, int]:
+    """What the system tells of its memory, in bytes; empty where it does not."""
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
 def available_memory() -> int | None:
     """Bytes that programs can still have, swap too; None where the system does not tell."""
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    sizes = system_memory()
     return sizes["MemAvailable"] + sizes.get("SwapFree", 0) if "MemAvailable" in sizes else None

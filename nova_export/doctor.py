@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from nova_export import __version__
+from nova_export.child import system_memory
 from nova_export.demo import cache_folder
 from nova_export.engine.flavour import FLAVOURS, Flavour
 from nova_export.errors import DependencyError
 from nova_export.runtime import cuda
+from nova_export.runtime.ort_cuda import PROVIDERS
 from nova_export.targets import TARGETS
 
 Run = Callable[[Sequence[str]], str]  # a command's standard output; empty where it fails or is not there
@@ -71,8 +73,7 @@ def examine(root: Path = Path("/"), run: Run = run_command) -> list[Finding]:
 
 
 def _memory(root: Path) -> Iterator[Finding]:
-    lines = _read(root / "proc/meminfo").splitlines()
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    sizes = system_memory(root / "proc/meminfo")
     if "MemTotal" not in sizes:
         yield Finding("memory", None, "this system does not tell")
         return
@@ -193,7 +194,7 @@ def _abilities(gpus: list[Finding], export: Finding, versions: Mapping[str, str 
     can += [f"engines for {', '.join(engines)}"] if engines else []
     yield Finding("can build", "; ".join(can) or "nothing")
     runs = ["bundles on the CPU"]
-    if gpus and "CUDAExecutionProvider" in _providers():
+    if gpus and PROVIDERS["cuda"] in _providers():
         runs.append("on the GPU with ONNX Runtime")
     if gpus and _has_cuda_python():
         runs += [f"engines with {FLAVOURS[name].name}" for name, version in versions.items() if version]

@@ -29,7 +29,7 @@ class Guider:
 
     @classmethod
     def of(cls, request: Request, config: NovaConfig) -> Guider:
-        scale = config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        scale = request.guidance(config).scale
         return cls(
             scale=scale,
             final=scale,

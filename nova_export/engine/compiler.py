@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_export.child import environment, memory
-from nova_export.engine.flavour import FLAVOURS
+from nova_export.engine.flavour import FLAVOURS, error_logger
 from nova_export.errors import ExportError, NovaExportError
 from nova_export.onnx_files import module_of
 from nova_export.runtime.media import write_whole
@@ -111,7 +111,10 @@ def _main() -> None:
 def _compile(job: CompileJob, report: Report) -> Compiled:
     started = time.monotonic()
     trt = FLAVOURS[job.flavour].load()
-    logger = _logger(trt)
+    found: dict[str, int] = {}
+    logger = error_logger(
+        trt, lambda said: found.update((each[1], int(each[2])) for each in MEMORY.finditer(said))
+    )
     plan = None
     for decompose in (False, True):
         plan, attention = _plan(trt, logger, job, decompose, report)
@@ -122,7 +125,7 @@ def _compile(job: CompileJob, report: Report) -> Compiled:
         said = logger.errors[-1] if logger.errors else "it does not say why"
         raise ExportError(f"{name} cannot compile {job.graph}: {said}")
     write_whole(Path(job.out), lambda file: file.write_bytes(memoryview(plan)))
-    found, peak, seconds = logger.memory, memory("VmHWM"), round(time.monotonic() - started, 2)
+    peak, seconds = memory("VmHWM"), round(time.monotonic() - started, 2)
     return Compiled(attention, found.get("Activation"), found.get("Weights"), peak, seconds)
 
 
@@ -180,24 +183,6 @@ def _attentions(trt: Any, network: Any) -> list[Any]:
             layer.__class__ = boundary  # a layer comes as its base class
             found.append(layer.attention)
     return found
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors, and the memory that the engine needs."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.memory: dict[str, int] = {}
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message.strip())
-            elif found := MEMORY.search(message):
-                self.memory[found[1]] = int(found[2])
-
-    return Logger()
 
 
 def _monitor(trt: Any, report: Report) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,23 @@ def flavour(name: str | None) -> Flavour:
     if name not in FLAVOURS:
         raise UsageError(f"runtime {name!r} has no engines; those that have are {', '.join(FLAVOURS)}")
     return FLAVOURS[name]
+
+
+def error_logger(trt: Any, also: Callable[[str], object] = lambda message: None) -> Any:
+    """A logger for this flavour's module that keeps errors. also: told every other message."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message.strip())
+            else:
+                also(message)
+
+    return Logger()
 
 
 def machine_capability() -> str | None:

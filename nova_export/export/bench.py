@@ -138,7 +138,8 @@ def bench_end_to_end(
     if checkpoint is not None:
         if options.threads:
             torch.set_num_threads(options.threads)
-        eager = TorchDevice.of(options.device).pipeline(EagerPipeline.from_checkpoint(checkpoint))
+        where = TorchDevice.of(options.device)
+        eager = EagerPipeline.from_checkpoint(checkpoint).to(where.device, where.dtype)
         with CountOperators() as operators:
             calls["published"] = _per_step(eager, arguments, operators)
         runs["published"] = lambda: eager(**arguments)

@@ -30,7 +30,7 @@ from nova_export.runtime.stage_runners import StageRunners
 from nova_export.spec import Stage
 from nova_export.stages import stages
 from reference_model.checkpoint import load_module
-from reference_model.eager import EagerPipeline, Memory, denoise, encode_frame, encode_tokens
+from reference_model.eager import Memory, denoise, encode_frame, encode_tokens
 from reference_model.guidance import Guider
 from reference_model.schedulers import make_scheduler
 
@@ -130,7 +130,7 @@ def contenders(
             module = load_module(stage, bundle.config, subject.checkpoint)
             where = TorchDevice.of(device)
             stack.enter_context(torch.device(where.device))
-            module, tensors = where.move(module), where.tensors(inputs)
+            module, tensors = module.to(where.device, where.dtype), where.tensors(inputs)
             for kind in in_torch:
                 runs[kind] = where.waiting(in_torch_form(kind, subject, module, tensors))
         yield runs
@@ -159,12 +159,6 @@ class TorchDevice:
     def of(cls, device: str) -> TorchDevice:
         """For a device of `StageRunners`."""
         return cls("cpu", torch.float32) if device == "cpu" else cls("cuda", torch.float16)
-
-    def move(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, self.dtype)
-
-    def pipeline(self, eager: EagerPipeline) -> EagerPipeline:
-        return eager.to(self.device, self.dtype)
 
     def tensors(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
         """Copies, where they are not there already."""

@@ -37,14 +37,15 @@ ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attent
 @dataclass(frozen=True)
 class Cost:
     """weights: values of parameters and tables; linear: those of layers that can be in integers.
-    activations: the most values that are there at a time, inputs and outputs too, but not what is written in
-    place. scores: of the largest attention, queries times keys, which fused kernels do not keep. operations:
-    of products and convolutions, two for a multiplication and its addition.
+    activations: the most values that are there at a time, inputs and outputs too, but not what graphs write
+    in place, which is in_place. scores: of the largest attention, queries times keys, which fused kernels do
+    not keep. operations: of products and convolutions, two for a multiplication and its addition.
     """
 
     weights: int
     linear: int
     activations: int
+    in_place: int
     scores: int
     operations: int
 
@@ -65,7 +66,7 @@ def stage_cost(stage: Stage, config: NovaConfig, sizes: Mapping[str, int]) -> Co
             module(**inputs)
     in_place = sum(math.prod(shapes[t.alias]) for t in stage.outputs if t.alias)
     # The modules return what graphs write in place: at the most, both are there.
-    return Cost(weights, linear, meter.most - 2 * in_place, meter.scores, flops.get_total_flops())
+    return Cost(weights, linear, meter.most - 2 * in_place, in_place, meter.scores, flops.get_total_flops())
 
 
 class Meter(TorchDispatchMode):

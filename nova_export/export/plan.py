@@ -20,7 +20,7 @@ from nova_export.stages import stages
 from nova_export.tables import markdown
 from nova_export.targets import CPU, PRECISIONS, Hardware, Precision, Target
 
-LOOPS = ("frame", "step")  # phases while which there are caches
+LOOPS = ("frame", "step")  # phases in which there are caches
 PASSES = 2  # with guidance
 RUNTIME = 30_000_000  # of ONNX Runtime itself, in a process
 PACKED = 1.15  # weights in ONNX Runtime, some of them also in the order that its kernels read
@@ -47,13 +47,12 @@ class Video:
     def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
         """at_most: the largest of the video; else those of a call in its middle."""
         config, sets = self.config, set_sizes(self.config.num_tokens, self.num_inference_steps)
-        capacity = config.condition_tokens + self.frames * config.frame_tokens
         of_call = {
             "rows": PASSES * self.batch,
             "prompts": 1,
             "length": config.text_len,
             "text": config.condition_tokens if at_most else 0,
-            "capacity": capacity,
+            "capacity": config.condition_tokens + self.frames * config.frame_tokens,
             "predicted": config.num_tokens - sets[-1] if at_most else config.num_tokens // 2,
             "next": max(sets) if at_most else -(-config.num_tokens // len(sets)),
             "passes": PASSES,
@@ -71,13 +70,6 @@ class Video:
         of_phase = {"text": 1, "image": 0, "frame": self.frames, "decode": decodes}
         calls = of_phase.get(stage.phase, self.frames * sets)
         return PASSES if stage.name == "text_encoder" else calls
-
-    def caches(self, target: Target) -> int:
-        """Keys and values, in float32. An engine does not write in place: it has each twice."""
-        config = self.config
-        capacity = config.condition_tokens + self.frames * config.frame_tokens
-        values = 2 * config.temporal.depth * PASSES * self.batch * capacity * config.temporal.width
-        return 4 * values * (2 if target.runtime else 1)
 
 
 @dataclass(frozen=True)
@@ -221,7 +213,9 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
     if target.runtime:
         factor, beside = COMPILE
         build = max(build, int(factor * max(stage.weights for stage in made) + beside))
-    return Plan(target.name, tuple(made), video.caches(target), memory, build)
+    in_place = 4 * sum(cost.in_place for cost in costs.largest.values())  # float32 in any precision
+    caches = in_place * (2 if target.runtime else 1)  # an engine has each twice
+    return Plan(target.name, tuple(made), caches, memory, build)
 
 
 def fitting(costs: Costs, target: Target, memory: int | None = None) -> Iterator[tuple[Precision, Plan]]:

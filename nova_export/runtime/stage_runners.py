@@ -64,16 +64,16 @@ class StageRunners:
     ) -> None:
         self.bundle, self.threads, self.low_memory = bundle, threads, low_memory
         self.device = device or choose_device(bundle)
-        if self.device not in PROVIDERS:
-            if self.device not in bundle.engines:
+        if self.device in PROVIDERS:
+            check_memory(bundle, low_memory)
+        elif device:  # what was chosen has been checked
+            if device not in bundle.engines:
                 there = ", ".join([*PROVIDERS, *bundle.engines])
                 raise UsageError(
                     f"device {self.device!r}: this bundle runs on {there}; "
                     f"`nova-export engines {bundle.folder} --target TARGET` adds others"
                 )
-            check_engines(bundle, self.device)
-        else:
-            check_memory(bundle, low_memory)
+            check_engines(bundle, device)
         self._gpu: Gpu | None = None
         self._open: dict[str, Runner] = {}
         self._checked: set[str] = set()

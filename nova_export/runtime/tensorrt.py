@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nova_export.engine.flavour import flavour
+from nova_export.engine.flavour import error_logger, flavour
 from nova_export.errors import BundleError, StageError
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.device_array import DeviceArray
@@ -31,7 +31,7 @@ class TensorRtRunner:
 
     def __enter__(self) -> TensorRtRunner:
         trt = self._flavour.load()
-        self._logger = _logger(trt)
+        self._logger = error_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is not None:
@@ -99,18 +99,3 @@ class TensorRtRunner:
 
     def _said(self) -> str:
         return self._logger.errors[-1] if self._logger.errors else "it does not say why"
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
