@@ -25,7 +25,7 @@ from nova_export.evaluation.lockstep import Position
 from nova_export.evaluation.shapes_eval import Report, call_progress
 from nova_export.export.passes.quantize import linear_layers
 from nova_export.export.watch import Ranges, session_with
-from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
+from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.request import Request
 from nova_export.runtime.runner import Array, Held, Lent, Runner
 from nova_export.runtime.stage_runners import StageRunners
@@ -79,7 +79,7 @@ def calibrate(
             def stage(name: str, chosen: _Sample = chosen) -> Runner:
                 return _Observed(runners(name), observers, chosen)
 
-            pipeline = Pipeline(bundle.config, stage, bundle_tokenizer(bundle))
+            pipeline = Pipeline.over(bundle, stage)
             pipeline(
                 prompts[index],
                 callback=call_progress(report, index, 1),

@@ -16,7 +16,7 @@ from nova_export.config import NovaConfig
 from nova_export.errors import BundleError, CheckpointError
 from nova_export.onnx_files import external_files
 from nova_export.spec import Stage
-from nova_export.stages import stages
+from nova_export.stages import Limits, stages
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -63,7 +63,10 @@ class EngineEntry:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. `check` what you are about to use. engines: by target, then by stage."""
+    """An opened bundle. `check` what you are about to use.
+
+    engines: by target, then by stage. lean_decode: as in `stages`.
+    """
 
     folder: Path
     config: NovaConfig
@@ -74,6 +77,7 @@ class Bundle:
     tokenizer: str | None
     files: Mapping[str, FileEntry]
     engines: Mapping[str, Mapping[str, EngineEntry]] = field(default_factory=dict)
+    lean_decode: str | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -96,6 +100,7 @@ class Bundle:
                     target: {name: _engine_entry(entry) for name, entry in engines.items()}
                     for target, engines in data.get("engines", {}).items()
                 },
+                lean_decode=data.get("lean_decode"),
             )
             bundle._check_manifest()
         except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
@@ -121,7 +126,7 @@ class Bundle:
                 raise BundleError(
                     f"{self.folder / path}: has {size} bytes, must have {entry.size}; copy or build it again"
                 )
-        if missing := stages(self.config).keys() - self.stages.keys():
+        if missing := self.specs().keys() - self.stages.keys():
             raise BundleError(
                 f"{self.folder / MANIFEST}: has no stage {min(missing)!r}; build the bundle again"
             )
@@ -134,6 +139,10 @@ class Bundle:
                 raise BundleError(
                     f"{self.folder / MANIFEST}: uses {path!r} without listing it; build the bundle again"
                 )
+
+    def specs(self, limits: Limits | None = None) -> dict[str, Stage]:
+        """The stages within limits, in the order a run uses them."""
+        return stages(self.config, limits or Limits(), self.lean_decode)
 
     def check(self, *paths: str) -> None:
         """Compare files with the manifest's sha256. Raises BundleError for the first that differs."""

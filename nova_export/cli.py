@@ -28,6 +28,7 @@ from nova_export.cli_options import (
     name_and_value,
     quiet_option,
     threads_option,
+    vae_tile_option,
 )
 from nova_export.cli_plan import plan
 from nova_export.cli_sensitivity import sensitivity
@@ -64,6 +65,10 @@ def cli() -> None:
 @click.option(
     "--calibration", type=click.Path(path_type=Path),
     help="What `nova-export calibrate` wrote, for int8, which calibrates by itself without it, and fp16.",
+)  # fmt: skip
+@click.option(
+    "--lean-decode", is_flag=True,
+    help="The video decoder in pieces, frame by frame: exact, a fraction of the memory, more launches.",
 )  # fmt: skip
 @click.option("--engines/--no-engines", default=True, help="Compile engines too, where the target has them.")
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
@@ -160,6 +165,7 @@ def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
 @device_option
 @threads_option
 @low_memory_option
+@vae_tile_option
 @quiet_option
 @json_option
 def run(
@@ -172,6 +178,7 @@ def run(
     device: str | None,
     threads: int,
     low_memory: bool,
+    vae_tile: int | None,
     quiet: bool,
     as_json: bool,
     **arguments: Any,
@@ -189,7 +196,13 @@ def run(
     for path in (out, save_latents):
         if path is not None:
             check_writable(path)
-    pipe = load(bundle_or_demo(bundle, quiet), device=device, threads=threads, low_memory=low_memory)
+    pipe = load(
+        bundle_or_demo(bundle, quiet),
+        device=device,
+        threads=threads,
+        low_memory=low_memory,
+        vae_tile=vae_tile,
+    )
     if from_latents is not None:
         output = _decode(pipe, from_latents, prompt)
     else:
@@ -364,7 +377,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         return BundleError.exit_code
     except MemoryError as error:
         print(
-            f"error: out of memory ({error}); try --low-memory, or a shorter or smaller video",
+            f"error: out of memory ({error}); try --low-memory, --vae-tile 24, or a shorter or smaller video",
             file=sys.stderr,
         )
         return MemoryShortage.exit_code

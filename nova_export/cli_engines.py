@@ -25,6 +25,10 @@ from nova_export.stages import MAX_BATCH, MAX_FRAMES, Limits
     "--frames", type=click.IntRange(1, MAX_FRAMES),
     help="The most latent frames; those of the checkpoint's own videos if not told.",
 )  # fmt: skip
+@click.option(
+    "--vae-tile", type=click.IntRange(min=2), metavar="LATENTS",
+    help="Decoders for squares of so many latents a side; `run` blends them. Whole frames if not told.",
+)  # fmt: skip
 @click.option("--stage", "only", multiple=True, metavar="NAME", help="This stage alone; may be given again.")
 @quiet_option
 @json_option
@@ -33,6 +37,7 @@ def engines(
     target: str | None,
     batch: int,
     frames: int | None,
+    vae_tile: int | None,
     only: tuple[str, ...],
     quiet: bool,
     as_json: bool,
@@ -43,7 +48,7 @@ def engines(
     The bundle keeps its graphs: on another device this makes what is missing there.
     """
     opened = Bundle.open(bundle)
-    limits = Limits(batch, frames or opened.config.video_length)
+    limits = Limits(batch, frames or opened.config.video_length, vae_tile)
     built = engines_with_progress(bundle, target or opened.target, quiet, limits=limits, only=only)
     made = built.engines[target or opened.target]
     found = {name: describe_engine(built, engine) for name, engine in made.items()}

@@ -40,6 +40,10 @@ device_option = click.option(
 low_memory_option = click.option(
     "--low-memory", is_flag=True, help="Keep only the stages of one phase loaded."
 )
+vae_tile_option = click.option(
+    "--vae-tile", type=click.IntRange(min=2), metavar="LATENTS",
+    help="Decode squares of so many latents a side, blended: less memory, not exact. Off if not given.",
+)  # fmt: skip
 prompts_option = click.option(
     "--prompts",
     type=click.Path(path_type=Path),

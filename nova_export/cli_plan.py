@@ -38,6 +38,7 @@ from nova_export.targets import CPU, PRECISIONS, TARGETS, find
     "--num-diffusion-steps", type=click.IntRange(min=1), default=25, show_default=True,
     help="Of an autoregressive step.",
 )  # fmt: skip
+@click.option("--lean-decode", is_flag=True, help="As in `nova-export build`; a bundle says it itself.")
 @json_option
 def plan(
     source: Path | None,
@@ -48,6 +49,7 @@ def plan(
     frames: int | None,
     num_inference_steps: int,
     num_diffusion_steps: int,
+    lean_decode: bool,
     as_json: bool,
 ) -> None:
     """Predict what SOURCE, a checkpoint or a bundle (the demo if none), takes in memory and at least in time.
@@ -56,10 +58,15 @@ def plan(
     """
     planning = exporter("nova_export.export.plan")
     source = source or demo_checkpoint()
-    is_bundle = (source / MANIFEST).is_file()
-    config = Bundle.open(source).config if is_bundle else NovaConfig.from_checkpoint(source)
+    bundle = Bundle.open(source) if (source / MANIFEST).is_file() else None
+    config = bundle.config if bundle else NovaConfig.from_checkpoint(source)
     video = planning.Video(
-        config, batch, frames or config.video_length, num_inference_steps, num_diffusion_steps
+        config,
+        batch,
+        frames or config.video_length,
+        num_inference_steps,
+        num_diffusion_steps,
+        lean_decode or bool(bundle and bundle.lean_decode),
     )
     chosen, costs = find(TARGETS, target), planning.Costs.count(video)
     there = available_memory() if memory is None and chosen == CPU else memory and int(memory * GB)

@@ -90,7 +90,7 @@ def verify(
     arguments = {name: value for name, value in arguments.items() if value is not None}
     with ExitStack() as stack:
         tested = bundle_side(Bundle.open(bundle), device, threads, low_memory, stack)
-        reference = other_side(against, threads, low_memory, stack)
+        reference = other_side(against, tested.lean_decode, threads, low_memory, stack)
         if layers:
             tested, reference = watched_sides(tested, reference, bundle, against, threads)
         chosen = chosen_prompts(tested.config, prompts, count or COUNT)
@@ -109,7 +109,7 @@ def bundle_side(bundle: Bundle, device: str | None, threads: int, low_memory: bo
 
     runners = StageRunners(bundle, device, threads, low_memory)
     stack.callback(runners.close)
-    return Side(str(bundle.folder), bundle.config, runners, bundle_tokenizer(bundle))
+    return Side(str(bundle.folder), bundle.config, runners, bundle_tokenizer(bundle), bundle.lean_decode)
 
 
 def watched_sides(
@@ -126,13 +126,13 @@ def watched_sides(
     )
 
 
-def other_side(path: Path, threads: int, low_memory: bool, stack: ExitStack) -> Side:
-    """A bundle's stages, or a checkpoint's in PyTorch. Raises UsageError for neither."""
+def other_side(path: Path, lean_decode: str | None, threads: int, low_memory: bool, stack: ExitStack) -> Side:
+    """A bundle's stages, or a checkpoint's in PyTorch, decoded so. Raises UsageError for neither."""
     from nova_export.config import NovaConfig
     from nova_export.evaluation.verification import Side
 
     if is_bundle(path):
         return bundle_side(Bundle.open(path), "cpu", threads, low_memory, stack)
     config = NovaConfig.from_checkpoint(path)
-    modules = exporter("reference_model.runner").torch_runners(config, path)
-    return Side(str(path), config, modules.__getitem__)
+    modules = exporter("reference_model.runner").torch_runners(config, path, lean_decode)
+    return Side(str(path), config, modules.__getitem__, lean_decode=lean_decode)

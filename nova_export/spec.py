@@ -57,8 +57,9 @@ class Tensor:
 class Stage:
     """One exported graph.
 
-    `module` names the reference module ("package.module:Class") that computes it, `part` the checkpoint
-    folder and `prefixes` the weights in it that the module needs; `phase` says when in a run it is used.
+    `module` names the reference module ("package.module:Class") that computes it, made with the config and
+    `arguments`; `part` the checkpoint folder and `prefixes` the weights in it that the module needs; `phase`
+    says when in a run it is used.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Stage:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     axes: tuple[Axis, ...] = field(default=())
+    arguments: tuple[str, ...] = field(default=())
 
     def axis(self, name: str) -> Axis:
         """The axis of that name. Raises KeyError."""
@@ -129,7 +131,8 @@ class Stage:
     def from_dict(cls, data: Mapping[str, Any]) -> Stage:
         """The reverse of `to_dict`. Raises KeyError or TypeError on another shape of data."""
         fields = dict(data)
-        fields["prefixes"] = tuple(fields["prefixes"])
+        for key in ("prefixes", "arguments"):
+            fields[key] = tuple(fields.get(key, ()))
         for key in ("inputs", "outputs"):
             fields[key] = tuple(Tensor(**{**t, "shape": tuple(t["shape"])}) for t in fields[key])
         fields["axes"] = tuple(Axis(**axis) for axis in fields["axes"])

@@ -7,8 +7,10 @@ image tokens, P predicted, K predicted now, T diffusion steps. Cache rows are te
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nova_export.config import FREQUENCIES, MOTION_TOKENS, NovaConfig
+from nova_export.lean_stages import lean_decoder
 from nova_export.spec import Axis, Stage, Tensor
 
 MAX_BATCH = 256  # samples in one call
@@ -22,10 +24,14 @@ F32, I64 = "float32", "int64"
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that stages are made for: samples in one call, latent frames of one video."""
+    """The most that stages are made for: samples in one call, latent frames of one video.
+
+    vae_tile: latents on a side of what the decoder gets; None for whole frames.
+    """
 
     batch: int = MAX_BATCH
     frames: int = MAX_FRAMES
+    vae_tile: int | None = None
 
     @property
     def rows(self) -> Axis:
@@ -33,8 +39,11 @@ class Limits:
         return Axis("rows", 1, min(2, MAX_PASSES * self.batch), MAX_PASSES * self.batch)
 
 
-def stages(config: NovaConfig, limits: Limits = Limits()) -> dict[str, Stage]:
-    """Every stage of the checkpoint, in the order a run uses them."""
+def stages(config: NovaConfig, limits: Limits = Limits(), lean_decode: str | None = None) -> dict[str, Stage]:
+    """Every stage of the checkpoint, in the order a run uses them.
+
+    lean_decode: the number type of frames between the pieces of a lean decode; None decodes in one stage.
+    """
     made = [
         _condition(config, limits),
         _temporal_encoder(config, limits),
@@ -45,7 +54,8 @@ def stages(config: NovaConfig, limits: Limits = Limits()) -> dict[str, Stage]:
         made.insert(0, _text_encoder(config, limits))
     if config.is_video:
         made.append(_vae_encoder(config))
-    made.append(_vae_decoder(config))
+    part = tuple(min(limits.vae_tile or size, size) for size in config.latent_size)
+    made += lean_decoder(config, lean_decode, part) if lean_decode else [_vae_decoder(config, part)]
     return {stage.name: stage for stage in made}
 
 
@@ -69,7 +79,7 @@ def _text_encoder(config: NovaConfig, limits: Limits) -> Stage:
 
 def _condition(config: NovaConfig, limits: Limits) -> Stage:
     """What stands before the first frame: projected text (null rows where it ends) and motion, or a class."""
-    common = {"part": "transformer", "phase": "text"}
+    common: dict[str, Any] = {"part": "transformer", "phase": "text"}
     output = Tensor("condition", F32, ("rows", config.condition_tokens, config.temporal.width))
     if config.text_dim is None:
         return Stage(
@@ -198,8 +208,9 @@ def _diffusion_head(config: NovaConfig, limits: Limits) -> Stage:
     )
 
 
-def _vae_decoder(config: NovaConfig) -> Stage:
-    """One tile of latents, scaled as the model makes them, to pixels in [-1, 1]."""
+def _vae_decoder(config: NovaConfig, largest: tuple[int, ...]) -> Stage:
+    """One tile of latents, at most (h, w) large and scaled as the model makes them, to pixels in [-1, 1]."""
+    height, width = largest
     return Stage(
         name="vae_decoder",
         module="reference_model.vae:VaeDecoder",
@@ -214,8 +225,8 @@ def _vae_decoder(config: NovaConfig) -> Stage:
         outputs=(Tensor("pixels", F32, (1, 3, "frames", "height", "width")),),
         axes=(
             Axis("latent_frames", 1, config.tiling.latent_frames, config.tiling.latent_frames),
-            Axis("latent_height", 1, config.latent_size[0], config.latent_size[0]),
-            Axis("latent_width", 1, config.latent_size[1], config.latent_size[1]),
+            Axis("latent_height", 1, height, height),
+            Axis("latent_width", 1, width, width),
         ),
     )
 

@@ -116,6 +116,7 @@ FLOAT_INPUTS: Mapping[str, frozenset[str]] = {
         | {"step_renorm", "rest", "step_rest_noise"}
     ),
 }
+STATISTICS = frozenset({"mean", "variance"})  # of norms, between the pieces of a lean decode
 
 
 def _gpu_targets() -> Iterator[Target]:
@@ -148,4 +149,5 @@ def contained(precision: Precision) -> list[Precision]:
 def float_inputs(stage: Stage) -> frozenset[str]:
     """Names of the inputs of a stage that stay in float32."""
     in_place = {tensor.alias for tensor in stage.outputs if tensor.alias}
-    return FLOAT_INPUTS.get(stage.name, frozenset()) | in_place
+    statistics = STATISTICS & {tensor.name for tensor in stage.inputs}
+    return FLOAT_INPUTS.get(stage.name, frozenset()) | statistics | in_place

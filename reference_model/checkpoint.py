@@ -110,7 +110,7 @@ def _open_module(
     weights = Weights(checkpoint / stage.part)
     try:
         with torch.device("meta"):
-            module = module_class(stage)(config.vae if stage.part == "vae" else config)
+            module = make_module(stage, config)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{weights.folder / 'config.json'}: no {stage.name} can be made of it "
@@ -131,10 +131,11 @@ def _open_module(
     return module, weights, {name: stored[name] for name in wanted}
 
 
-def module_class(stage: Stage) -> type[nn.Module]:
-    """The class that the spec names."""
+def make_module(stage: Stage, config: NovaConfig) -> nn.Module:
+    """The module that the spec names, its weights not loaded."""
     package, name = stage.module.split(":")
-    return getattr(importlib.import_module(package), name)
+    kind: type[nn.Module] = getattr(importlib.import_module(package), name)
+    return kind(config.vae if stage.part == "vae" else config, *stage.arguments)
 
 
 def _check_names(folder: Path, wanted: Mapping[str, Tensor], stored: Mapping[str, str]) -> None:

@@ -52,7 +52,9 @@ class TorchRunner:
         return named
 
 
-def torch_runners(config: NovaConfig, checkpoint: Path) -> dict[str, TorchRunner]:
-    """Every stage of a checkpoint on torch. Raises CheckpointError."""
-    specs = stages(config)
+def torch_runners(
+    config: NovaConfig, checkpoint: Path, lean_decode: str | None = None
+) -> dict[str, TorchRunner]:
+    """Every stage of a checkpoint on torch; lean_decode as in `stages`. Raises CheckpointError."""
+    specs = stages(config, lean_decode=lean_decode)
     return {name: TorchRunner(spec, load_module(spec, config, checkpoint)) for name, spec in specs.items()}

@@ -12,7 +12,7 @@ from nova_export.config import NovaConfig
 from nova_export.export.verify import run_module, sample_inputs, verify_sizes
 from nova_export.spec import Stage
 from nova_export.stages import MAX_BATCH, MAX_PASSES, cache_names, stages
-from reference_model.checkpoint import Weights, module_class
+from reference_model.checkpoint import Weights, make_module
 from tests.conftest import GOLDEN
 from tests.strategies import configs, tiny_config
 
@@ -28,7 +28,7 @@ def golden_config(name: str) -> NovaConfig:
 
 
 def made_module(stage: Stage, config: NovaConfig) -> torch.nn.Module:
-    module = module_class(stage)(config.vae if stage.part == "vae" else config)
+    module = make_module(stage, config)
     return module.eval().requires_grad_(False)
 
 

@@ -20,7 +20,7 @@ from nova_export.engine.compiler import CompileJob, Shape, compile_engine
 from nova_export.errors import OutputError, UsageError
 from nova_export.runtime.media import write_whole
 from nova_export.spec import Stage
-from nova_export.stages import Limits, stages
+from nova_export.stages import Limits
 from nova_export.targets import TARGETS, Target, find
 
 FOLDER = "engines"
@@ -58,7 +58,7 @@ def build_engines(
     if unknown := set(only) - bundle.stages.keys():
         raise UsageError(f"stage {min(unknown)!r} is unknown; this bundle has {', '.join(bundle.stages)}")
     limits = limits or Limits(batch=1, frames=bundle.config.video_length)
-    specs = stages(bundle.config, limits)
+    specs = bundle.specs(limits)
     with _locked(folder):
         for name in only or bundle.stages:
             bundle = _built_or_kept(bundle, specs[name], wanted, report)

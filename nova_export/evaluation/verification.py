@@ -30,8 +30,10 @@ from nova_export.evaluation.shapes_eval import (
     check_source,
     judge,
 )
+from nova_export.lean_stages import DECODER
 from nova_export.runtime.generate import StageGetter
 from nova_export.runtime.pipeline import Pipeline
+from nova_export.runtime.runner import Runner
 from nova_export.runtime.tokenizer import PromptTokenizer
 from nova_export.tables import markdown
 
@@ -40,12 +42,16 @@ SCORE_HEAD = ("ShapesEval", "reference", "tested")
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: a bundle's stages, or a checkpoint's, which needs no tokenizer."""
+    """One of the two that are compared: a bundle's stages, or a checkpoint's, which needs no tokenizer.
+
+    lean_decode: as in `stages`. Where only one of the two has it, decoders are compared by frames alone.
+    """
 
     name: str
     config: NovaConfig
     stage: StageGetter
     tokenizer: PromptTokenizer | None = None
+    lean_decode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,8 +196,13 @@ def verify(
             f"{tested.name} and {reference.name} have other configs: only forms of one checkpoint compare"
         )
     lockstep = Lockstep(reference.stage, tested.stage)
-    both = Pipeline(reference.config, lockstep, tested.tokenizer)
-    alone = Pipeline(tested.config, tested.stage, tested.tokenizer)
+    decodes_alike = reference.lean_decode == tested.lean_decode
+
+    def in_lockstep(name: str) -> Runner:
+        return lockstep(name) if decodes_alike or not name.startswith(DECODER) else reference.stage(name)
+
+    both = _pipeline(reference, in_lockstep, tested.tokenizer)
+    alone = _pipeline(tested, tested.stage, tested.tokenizer)
     drift: dict[Place, Difference] = {}
     pairs = []
     for index, prompt in enumerate(prompts):
@@ -211,6 +222,10 @@ def verify(
         tuple(pairs),
         scores(reference.config, pairs),
     )
+
+
+def _pipeline(side: Side, stage: StageGetter, tokenizer: PromptTokenizer | None) -> Pipeline:
+    return Pipeline(side.config, stage, tokenizer, lean_decode=side.lean_decode)
 
 
 def scores(config: NovaConfig, pairs: Sequence[Pair]) -> tuple[Score, Score] | None:

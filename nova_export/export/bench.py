@@ -27,7 +27,7 @@ from nova_export.config import NovaConfig
 from nova_export.errors import Cancelled
 from nova_export.export.contenders import Run, Subject, TorchDevice, contenders
 from nova_export.export.peak_memory import measure
-from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
+from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import Held, Lent, Runner
 from nova_export.runtime.stage_runners import StageRunners
 from nova_export.spec import Stage
@@ -132,7 +132,7 @@ def bench_end_to_end(
     arguments = {**call_arguments(bundle.config), **options.arguments}
     report("end to end", "loading")
     counter = CountingStages(StageRunners(bundle, options.device, options.threads))
-    pipeline = Pipeline(bundle.config, counter, bundle_tokenizer(bundle), counter.stages.close)
+    pipeline = Pipeline.over(bundle, counter, counter.stages.close)
     calls = {"onnx": _per_step(pipeline, arguments, counter)}
     runs: dict[str, Run] = {"onnx": lambda: pipeline(**arguments)}
     if checkpoint is not None:

@@ -34,6 +34,7 @@ from nova_export.export.work_folder import (
     work_folder,
     write_json,
 )
+from nova_export.lean_stages import START
 from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
@@ -55,6 +56,7 @@ def build_bundle(
     stage_precisions: Mapping[str, str] | None = None,
     float_layers: Mapping[str, tuple[str, ...]] | None = None,
     calibration: str | Path | None = None,
+    lean_decode: bool = False,
     verify: bool = True,
     force: bool = False,
     report: Report = lambda stage, action: None,
@@ -66,6 +68,7 @@ def build_bundle(
     float_layers: by stage, patterns of the names of layers that integers leave in float.
     calibration: what int8 and fp16 take their ranges from (`calibration.collect`). Without it a build with
     int8 calibrates, and fp16 takes those of random inputs.
+    lean_decode: the decoder in pieces that need a fraction of its memory (nova_export/lean_stages.py).
 
     Raises:
         CheckpointError: the checkpoint is incomplete, corrupt, unsafe or unknown.
@@ -74,7 +77,8 @@ def build_bundle(
     """
     checkpoint, out = Path(checkpoint), Path(out)
     config = NovaConfig.from_checkpoint(checkpoint)
-    specs = stages(config)
+    lean = _frame_type(precision) if lean_decode else None
+    specs = stages(config, lean_decode=lean)
     job = Job(
         checkpoint=checkpoint,
         config=config,
@@ -95,7 +99,7 @@ def build_bundle(
     }
     statistics = load_calibration(Path(calibration), sources) if calibration else None
     with work_folder(out) as work:
-        source = _float_source(job, out, statistics, report)
+        source = _float_source(job, lean_decode, out, statistics, report)
         statistics = source.statistics if source else statistics
         job = replace(job, source=source, statistics=statistics, rankings=_float_paths(out)[2])
         folders = [work, out, *([source.bundle.folder] if source else [])]
@@ -116,6 +120,7 @@ def build_bundle(
             "tools": job.tools,
             "source": {"name": checkpoint.resolve().name, "parts": sources},
             "config": job.config.to_dict(),
+            "lean_decode": lean,
             "tokenizer": TOKENIZER if tokenizer is not None else None,
             "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
             "engines": engines,
@@ -142,6 +147,11 @@ def _precisions(
     return {name: find(PRECISIONS, own[name]) if name in own else of_all.of_stage(name) for name in specs}
 
 
+def _frame_type(precision: str) -> str:
+    """Of what goes between the pieces of a lean decode: as the pieces are, where numpy knows the type."""
+    return "float16" if find(PRECISIONS, precision).of_stage(START).half == "float16" else "float32"
+
+
 def _check_target(job: Job) -> None:
     """Raises UsageError for a precision that a target cannot have."""
     target = job.target
@@ -164,13 +174,23 @@ def _float_paths(out: Path) -> tuple[Path, Path, Path]:
     return out.parent / bundle, out.parent / kept, out.parent / rankings
 
 
-def _float_source(job: Job, out: Path, statistics: Statistics | None, report: Report) -> FloatSource | None:
+def _float_source(
+    job: Job, lean_decode: bool, out: Path, statistics: Statistics | None, report: Report
+) -> FloatSource | None:
     """What stages in integers are made from; None where there are none."""
     wanted = [each for precision in job.precisions.values() for each in contained(precision)]
     if not any(precision.weights for precision in wanted):
         return None
     bundle, kept, _ = _float_paths(out)
-    build_bundle(job.checkpoint, bundle, target=job.target.name, verify=job.verify, force=True, report=report)
+    build_bundle(
+        job.checkpoint,
+        bundle,
+        target=job.target.name,
+        lean_decode=lean_decode,
+        verify=job.verify,
+        force=True,
+        report=report,
+    )
     inputs = any(precision.inputs for precision in wanted)
     if inputs and statistics is None:
         report("calibration", "running the loops")
@@ -261,6 +281,7 @@ def _code_digest() -> str:
     sources = [
         package / "spec.py",
         package / "stages.py",
+        package / "lean_stages.py",
         package / "config.py",
         package / "targets.py",
         *(package / "export").rglob("*.py"),

@@ -28,7 +28,6 @@ from nova_export.export.verify import sample_inputs
 from nova_export.runtime.runner import Array, Held, Runner
 from nova_export.runtime.stage_runners import StageRunners
 from nova_export.spec import Stage
-from nova_export.stages import stages
 from reference_model.checkpoint import load_module
 from reference_model.eager import Memory, denoise, encode_frame, encode_tokens
 from reference_model.guidance import Guider
@@ -65,7 +64,7 @@ class Subject:
         if name not in bundle.stages:
             raise UsageError(f"stage {name!r} is not in the bundle; it has {', '.join(bundle.stages)}")
         stage = bundle.stages[name].spec
-        if checkpoint is not None and stages(bundle.config).get(name) != stage:
+        if checkpoint is not None and bundle.specs().get(name) != stage:
             raise UsageError(f"stage {name}: the bundle was built by another nova-export; build it again")
         return cls(bundle, stage, stage_sizes(stage, wanted), checkpoint)
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from nova_export.config import NovaConfig
 from nova_export.spec import Stage
 from nova_export.targets import LEAST_CHANNELS
-from reference_model.checkpoint import module_class
+from reference_model.checkpoint import make_module
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -53,7 +53,7 @@ class Cost:
 def stage_cost(stage: Stage, config: NovaConfig, sizes: Mapping[str, int]) -> Cost:
     """Of one call; sizes: of every axis."""
     with FakeTensorMode(), torch.inference_mode():
-        module = module_class(stage)(config.vae if stage.part == "vae" else config).eval()
+        module = make_module(stage, config).eval()
         weights = sum(tensor.numel() for tensor in module.state_dict().values())
         layers = [each.weight for each in module.modules() if isinstance(each, torch.nn.Linear)]
         linear = sum(each.numel() for each in layers if min(each.shape) >= LEAST_CHANNELS)

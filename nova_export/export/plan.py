@@ -6,6 +6,7 @@ measured: benchmarks/LOG.md. Bytes throughout; GB are 10^9.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from nova_export.child import GB
 from nova_export.config import NovaConfig
 from nova_export.export.meter import Cost, stage_cost
+from nova_export.lean_stages import is_piece
 from nova_export.runtime.decode import tiles
 from nova_export.runtime.tokens import set_sizes
 from nova_export.spec import Stage
@@ -28,7 +30,8 @@ PACKED_LOOP = 1.8  # the head's: of the diffusion loop's body nearly all
 SCORES = 2  # its attention keeps scores, and their softmax
 CONVOLUTIONS = 2.6  # activations of a video autoencoder there, over those counted: windows of 3D convolutions
 WORKSPACE = 1 << 23  # TensorRT's figure for the smallest engine
-ENGINE_VAE = 2.4  # TensorRT's activations of a video autoencoder, over those counted
+ENGINE_VAE = 1.12  # TensorRT's activations of a video autoencoder, over those counted
+ENGINE_PIECE = 0.6  # of a piece of a lean decode: norm and SiLU are part of its convolution
 COMPILE = 3.0, GB // 4  # times the weights of the largest stage, and beside them
 SCALE = 4  # of a block of weights in integers
 COLUMNS = ("stage", "precision", "weights MB", "activations MB", "calls", "at least ms a call")
@@ -43,6 +46,11 @@ class Video:
     frames: int = 1
     num_inference_steps: int = 64
     num_diffusion_steps: int = 25
+    lean_decode: bool = False
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        return stages(self.config, lean_decode="float32" if self.lean_decode else None)
 
     def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
         """at_most: the largest of the video; else those of a call in its middle."""
@@ -69,7 +77,15 @@ class Video:
         decodes = self.batch * len(list(tiles(self.config.tiling, self.frames)))
         of_phase = {"text": 1, "image": 0, "frame": self.frames, "decode": decodes}
         calls = of_phase.get(stage.phase, self.frames * sets)
+        if is_piece(stage):
+            calls *= self.tile_frames
         return PASSES if stage.name == "text_encoder" else calls
+
+    @property
+    def tile_frames(self) -> int:
+        """Of the largest tile that is decoded at a time."""
+        tiling = self.config.tiling
+        return 1 + (min(self.frames, tiling.latent_frames) - 1) * tiling.frames_per_latent
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,7 @@ class Costs:
         def costs(at_most: bool) -> dict[str, Cost]:
             return {
                 name: stage_cost(stage, video.config, video.sizes(stage, at_most))
-                for name, stage in stages(video.config).items()
+                for name, stage in video.stages.items()
             }
 
         return cls(video, costs(at_most=True), costs(at_most=False))
@@ -192,8 +208,8 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
     hardware, video = target.hardware, costs.video
     if memory is None and hardware:
         memory = int((hardware.memory - hardware.system) * GB)
-    made = []
-    for name, stage in stages(video.config).items():
+    made, kept = [], kept_frames(video)
+    for name, stage in video.stages.items():
         of_stage, cost = precision.of_stage(name), costs.largest[name]
         weights = loaded = weight_bytes(cost, of_stage)
         if target.runtime is None:
@@ -204,7 +220,8 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
                 phase=stage.phase,
                 precision=of_stage.name,
                 weights=loaded,
-                activations=activation_bytes(stage, cost, of_stage, target, video.config),
+                activations=activation_bytes(stage, cost, of_stage, target, video.config)
+                + kept.get(name, 0) * (2 if of_stage.half else 4),
                 calls=video.calls(stage),
                 seconds=_seconds(costs.usual[name], weights, of_stage, hardware),
             )
@@ -246,11 +263,31 @@ def activation_bytes(
 ) -> int:
     """What a stage computes in, as its runtime lays it out."""
     size = 2 if precision.half in target.kernels else 4
-    is_video_vae = stage.part == "vae" and config.is_video
+    factor, is_video_vae = 1.0, stage.part == "vae" and config.is_video
     if target.runtime is None:
-        factor = CONVOLUTIONS if is_video_vae else 1.0
+        if is_video_vae and not is_piece(stage):  # whose convolutions are in 2D
+            factor = CONVOLUTIONS
         return int(size * (factor * cost.activations + SCORES * cost.scores))
-    return int(size * (ENGINE_VAE if is_video_vae else 1.0) * cost.activations) + WORKSPACE
+    if is_video_vae:
+        factor = ENGINE_PIECE if is_piece(stage) else ENGINE_VAE
+    return int(size * factor * cost.activations) + WORKSPACE
+
+
+def kept_frames(video: Video) -> dict[str, int]:
+    """By piece of a lean decode: values of the frames that are there while it runs, those it gets and makes.
+
+    What a residual block got goes as its last piece makes frames of it, one by one.
+    """
+    frames: dict[str, dict[str, int]] = {}
+    for name, stage in video.stages.items():
+        if is_piece(stage):
+            sizes = {each: math.prod(shape) for each, shape in stage.shapes(video.sizes(stage, True)).items()}
+            frames[name] = {each: video.tile_frames * size for each, size in sizes.items()}
+    kept = {}
+    for (name, given), following in zip(frames.items(), [*frames.values(), {}][1:], strict=True):
+        made = following.get("frame", 0)
+        kept[name] = given.get("frame", given.get("here", 0)) + max(made, given.get("residual", 0))
+    return kept
 
 
 def _seconds(cost: Cost, weights: int, precision: Precision, hardware: Hardware | None) -> float | None:

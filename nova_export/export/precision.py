@@ -18,7 +18,7 @@ from nova_export.errors import ExportError
 from nova_export.evaluation.difference import HALF_MAX, Difference, finite
 from nova_export.export.passes.half import sums, to_half
 from nova_export.export.passes.widen import widen
-from nova_export.export.verify import Case
+from nova_export.export.verify import Case, check_kind
 from nova_export.export.watch import Ranges
 from nova_export.runtime.runner import Runner
 from nova_export.spec import Stage
@@ -92,7 +92,9 @@ def check_gate(stage: Stage, runner: Runner, cases: list[Case], precision: Preci
     for _, inputs, expected in cases:
         outputs = runner.run(inputs)
         for name, reference in expected.items():
-            found[name].add(reference, np.asarray(outputs[name]))
+            actual = np.asarray(outputs[name])
+            check_kind(stage, name, actual, reference)
+            found[name].add(reference, actual)
     verdict = judge(found, precision)
     if verdict.lost:
         raise ExportError(

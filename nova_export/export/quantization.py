@@ -31,7 +31,7 @@ from nova_export.export.passes.quantize import (
     linear_layers,
     quantize,
 )
-from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
+from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import OrtRunner, Runner
 from nova_export.runtime.stage_runners import StageRunners
 from nova_export.targets import LEAST_CHANNELS, Precision, Target
@@ -133,7 +133,6 @@ def input_format(seen: LayerInput, weight: Floats, signed: bool) -> tuple[InputF
 def compare_on_runs(source: FloatSource, graphs: Mapping[str, Path]) -> dict[str, dict[str, Difference]]:
     """By stage and output: how far these graphs are from float32, on the inputs of its runs."""
     bundle = source.bundle
-    tokenizer = bundle_tokenizer(bundle)
     with ExitStack() as stack:
         runners = StageRunners(bundle, "cpu")
         stack.callback(runners.close)
@@ -146,7 +145,7 @@ def compare_on_runs(source: FloatSource, graphs: Mapping[str, Path]) -> dict[str
         def stage(name: str) -> Runner:
             return lockstep(name) if name in tested else runners(name)
 
-        pipeline = Pipeline(bundle.config, stage, tokenizer)
+        pipeline = Pipeline.over(bundle, stage)
         with _own_prompts():
             for index, prompt in enumerate(default_prompts(bundle.config, GATE_PROMPTS)):
                 pipeline(prompt, **{**source.arguments, "seed": GATE_SEED + index})

@@ -83,7 +83,7 @@ class Gpu:
         if int(status) != 0:
             _, text = self._cuda.cudaGetErrorString(status)
             said = text.decode() if isinstance(text, bytes) else str(text)
-            hint = ". Smaller batches, shorter videos or --low-memory need less" if doing else ""
+            hint = ". Smaller batches, shorter videos, --low-memory and --vae-tile need less" if doing else ""
             raise StageError(f"CUDA failed {doing or f'in {name}'}: {said}{hint}")
         return values[0] if values else None
 

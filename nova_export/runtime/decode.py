@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_export.config import Tiling
+from nova_export.config import NovaConfig, Tiling
+from nova_export.lean_stages import lean_decoder
+from nova_export.runtime.lean_decode import decode_lean
 from nova_export.runtime.runner import Runner
+from nova_export.runtime.tiled_decode import decode_in_tiles
 
 Floats = NDArray[np.float32]
 Frames = NDArray[np.uint8]
+Decoder = Callable[[Floats], Floats]  # of one tile: (1, C, l, h, w) -> pixels (1, 3, F, H, W)
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,36 @@ def tiles(tiling: Tiling, num_latents: int) -> Iterator[Tile]:
         start += tiling.latent_frames - tiling.overlap
 
 
-def decode_tile(runner: Runner, latents: Floats, tile: Tile) -> Frames:
+def decode_tile(decoder: Decoder, latents: Floats, tile: Tile) -> Frames:
     """(B, C, L, h, w) -> the tile's frames, uint8 (B, F, H, W, 3).
 
     One sample at a time: decoding is what needs memory.
     """
     samples = []
     for sample in latents[:, :, tile.start : tile.stop]:
-        pixels = np.asarray(runner.run({"latents": sample[None]})["pixels"])  # (1, 3, F, H, W)
-        samples.append(to_uint8(pixels[0, :, tile.drop :]))
+        samples.append(to_uint8(decoder(sample[None])[0, :, tile.drop :]))
     return np.stack(samples)
+
+
+def decoder_of(
+    stage: Callable[[str], Runner],
+    config: NovaConfig,
+    lean_decode: str | None = None,
+    vae_tile: int | None = None,
+) -> Decoder:
+    """The autoencoder's decoder: in one stage, or in the pieces of a lean decode.
+
+    vae_tile: over squares of so many latents a side, blended; None, and exact, over whole frames.
+    """
+    if lean_decode:
+        pieces = [piece.name for piece in lean_decoder(config, lean_decode)]
+        decoder: Decoder = partial(decode_lean, stage, pieces)
+    else:
+
+        def decoder(latents: Floats) -> Floats:
+            return np.asarray(stage("vae_decoder").run({"latents": latents})["pixels"])
+
+    return partial(decode_in_tiles, decoder, vae_tile) if vae_tile else decoder
 
 
 def to_uint8(pixels: Floats) -> Frames:

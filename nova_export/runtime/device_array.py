@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,16 @@ class DeviceArray:
         if math.prod(sizes) != self.size:
             raise ValueError(f"an array of shape {self.shape} has no shape {shape}")
         return DeviceArray(self.pointer, sizes, str(self.dtype), self._owner, self._fetch)
+
+    def rows(self) -> Iterator[DeviceArray]:
+        """Along the first axis, which each keeps with a size of 1; none is copied."""
+        shape = (1, *self.shape[1:])
+        for index in range(self.shape[0]):
+            pointer = self.pointer + index * (self.nbytes // self.shape[0])
+            yield DeviceArray(pointer, shape, str(self.dtype), self._owner, partial(self._row, index))
+
+    def _row(self, index: int) -> NDArray[Any]:
+        return self._fetch().reshape(self.shape)[index]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nova_export.bundle import Bundle
 from nova_export.config import NovaConfig
 from nova_export.errors import Cancelled, InputError
-from nova_export.runtime.decode import Frames, Tile, decode_tile, tiles
+from nova_export.runtime.decode import Frames, Tile, decode_tile, decoder_of, tiles
 from nova_export.runtime.generate import Floats, Plan, Step, generate_latents
 from nova_export.runtime.media import load_image
 from nova_export.runtime.noise import TorchGenerator
@@ -44,7 +44,10 @@ class Output:
 
 
 class Pipeline:
-    """Text (or class, or image) to frames, over any set of runners; see `load` for one over a bundle."""
+    """Text (or class, or image) to frames, over any set of runners; see `load` for one over a bundle.
+
+    lean_decode: as in `stages`. vae_tile: as in `decoder_of`.
+    """
 
     def __init__(
         self,
@@ -52,9 +55,23 @@ class Pipeline:
         stage: Callable[[str], Runner],
         tokenizer: PromptTokenizer | None = None,
         close: Callable[[], None] = lambda: None,
+        lean_decode: str | None = None,
+        vae_tile: int | None = None,
     ) -> None:
         self.config = config
         self._stage, self._tokenizer, self._close = stage, tokenizer, close
+        self._decoder = decoder_of(stage, config, lean_decode, vae_tile)
+
+    @classmethod
+    def over(
+        cls,
+        bundle: Bundle,
+        stage: Callable[[str], Runner],
+        close: Callable[[], None] = lambda: None,
+        vae_tile: int | None = None,
+    ) -> Pipeline:
+        """One over any runners of a bundle's stages. Raises BundleError where its tokenizer was changed."""
+        return cls(bundle.config, stage, bundle_tokenizer(bundle), close, bundle.lean_decode, vae_tile)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -105,7 +122,7 @@ class Pipeline:
         return np.concatenate(parts, axis=1)
 
     def _decode(self, latents: Floats, tile: Tile) -> Frames:
-        return decode_tile(self._stage("vae_decoder"), latents, tile)
+        return decode_tile(self._decoder, latents, tile)
 
     def _frames(
         self, request: Request, generator: TorchGenerator, callback: Callback | None
@@ -180,17 +197,24 @@ class Pipeline:
 
 
 def load(
-    bundle: str | Path, *, device: str | None = None, threads: int = 0, low_memory: bool = False
+    bundle: str | Path,
+    *,
+    device: str | None = None,
+    threads: int = 0,
+    low_memory: bool = False,
+    vae_tile: int | None = None,
 ) -> Pipeline:
     """Open a bundle. Stages are loaded, and their files checked, when they are first needed.
 
     device: "cpu", "cuda", or a target that the bundle has engines for; as in `choose_device` if not told.
     threads: of ONNX Runtime; 0 leaves their number to it. low_memory: keep only one phase's stages loaded.
+    vae_tile: decode squares of so many latents a side and blend them: less memory, and not exact. If not
+    told, what engines are limited to.
     Raises BundleError, UsageError, DependencyError.
     """
     opened = Bundle.open(bundle)
     runners = StageRunners(opened, device, threads, low_memory)
-    return Pipeline(opened.config, runners, bundle_tokenizer(opened), runners.close)
+    return Pipeline.over(opened, runners, runners.close, vae_tile or runners.vae_tile)
 
 
 def bundle_tokenizer(bundle: Bundle) -> PromptTokenizer | None:

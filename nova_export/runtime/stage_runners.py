@@ -7,6 +7,7 @@ from nova_export.child import GB, available_memory
 from nova_export.engine.compatibility import check_engines
 from nova_export.engine.flavour import machine_capability
 from nova_export.errors import BundleError, DependencyError, MemoryShortage, UsageError
+from nova_export.lean_stages import DECODER
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.ort_cuda import PROVIDERS, OrtCudaRunner
 from nova_export.runtime.runner import OrtRunner, Runner
@@ -77,6 +78,15 @@ class StageRunners:
         self._gpu: Gpu | None = None
         self._open: dict[str, Runner] = {}
         self._checked: set[str] = set()
+
+    @property
+    def vae_tile(self) -> int | None:
+        """The largest side of what the decoder takes, in latents, where whole frames are larger."""
+        first = next(name for name in self.bundle.specs() if name.startswith(DECODER))
+        stages = self.bundle.stages if self.device in PROVIDERS else self.bundle.engines[self.device]
+        spec = stages[first].spec
+        side = max(spec.axis(name).max for name in ("latent_height", "latent_width"))
+        return side if side < max(self.bundle.config.latent_size) else None
 
     def __call__(self, name: str) -> Runner:
         if name in self._open:

@@ -115,6 +115,30 @@ def test_named_nodes_stay_in_float(tiny: Path) -> None:
     assert types(model)["LayerNormalization"] == {FLOAT}
 
 
+def test_what_a_graph_has_in_half_itself_stays_so() -> None:
+    """A piece of a lean decode: its frame comes and goes in half, and its own casts to float are dropped."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 23]>
+        piece (float16[2, 3] frame, float[3] mean) => (float16[2, 3] next_frame, float[2] total) {
+            wide = Cast <to = 1> (frame)
+            centred = Sub (wide, mean)
+            twice = MatMul (wide, weight)
+            both = Add (centred, twice)
+            next_frame = Cast <to = 10> (both)
+            axes = Constant <value = int64[1] {1}> ()
+            total = ReduceSum <keepdims = 0> (twice, axes)
+        }"""
+    model = ir.from_onnx_text(text, initializers=[ir.tensor(np.eye(3, dtype=np.float32), name="weight")])
+    ShapeInferencePass()(model)
+    to_half(model, FLOAT16, float_inputs={"mean"})
+    graph = model.graph
+    assert [value.dtype for value in (*graph.inputs, *graph.outputs)] == [FLOAT16, FLOAT, FLOAT16, FLOAT]
+    types = {node.op_type: {value.dtype for value in node.inputs} for node in graph}
+    assert types["MatMul"] == {FLOAT16} and types["Sub"] == {FLOAT} and types["ReduceSum"] >= {FLOAT}
+    [product] = [node for node in graph if node.op_type == "MatMul"]
+    assert product.inputs[0] is graph.inputs[0]
+
+
 def test_a_graph_without_floats_is_left_alone() -> None:
     x = ir.Value(name="x", shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.INT64))
     node = ir.node("Add", [x, x], name="add")

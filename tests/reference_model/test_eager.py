@@ -23,7 +23,7 @@ from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.request import Request
 from nova_export.runtime.tokenizer import PromptTokenizer
 from nova_export.stages import stages
-from reference_model.checkpoint import module_class
+from reference_model.checkpoint import make_module
 from reference_model.eager import EagerPipeline, Memory, denoise, encode_frame, encode_tokens
 from reference_model.guidance import Guider
 from reference_model.init import init_checkpoint
@@ -208,7 +208,7 @@ def random_pipeline(config: NovaConfig, seed: int = 0) -> EagerPipeline:
     torch.manual_seed(seed)
     modules = {}
     for name, stage in stages(config).items():
-        module = module_class(stage)(config.vae if stage.part == "vae" else config)
+        module = make_module(stage, config)
         for key, parameter in module.named_parameters():
             if key.endswith(("_token", "embed.weight")):
                 nn.init.normal_(parameter, std=0.5)

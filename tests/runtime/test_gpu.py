@@ -22,7 +22,7 @@ from nova_export.runtime import stage_runners
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.device_array import DeviceArray
 from nova_export.runtime.ort_cuda import OrtCudaRunner
-from nova_export.runtime.pipeline import Pipeline, bundle_tokenizer
+from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.stage_runners import choose_device
 from nova_export.stages import cache_names
@@ -280,9 +280,7 @@ def test_graphs_bound_to_memory_make_the_same_video(golden_bundle: Callable[[str
     def bound(spec: Any, path: Path) -> OrtCudaRunner:
         return OrtCudaRunner(spec, path, device="cpu")
 
-    expected, actual = (
-        Pipeline(opened.config, stage(kind), bundle_tokenizer(opened))(**CALL) for kind in (OrtRunner, bound)
-    )
+    expected, actual = (Pipeline.over(opened, stage(kind))(**CALL) for kind in (OrtRunner, bound))
     np.testing.assert_array_equal(actual.latents, expected.latents)
     np.testing.assert_array_equal(actual.frames, expected.frames)
 

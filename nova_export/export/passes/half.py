@@ -62,7 +62,7 @@ def _convert(
     float_nodes: frozenset[str],
     casts: _Casts,
 ) -> list[str]:
-    kept = []
+    kept, own_half = [], [value.dtype == half for value in graph.outputs]
     for value in graph.inputs:
         if value.dtype == FLOAT and value.name not in float_inputs:
             casts.as_half.add(value)
@@ -72,6 +72,10 @@ def _convert(
             continue
         data = [value for _, value in _float_inputs(node)]
         floats = [value for value in node.outputs if value.dtype == FLOAT]
+        if node.op_type == "Cast" and floats and data and data[0].dtype == half:
+            floats[0].replace_all_uses_with(data[0])  # what reads it decides by itself
+            graph.remove(node, safe=True)
+            continue
         if not floats and not data:
             continue
         wanted = FLOAT if node.name in float_nodes else _type_of(node, data, half, casts)
@@ -82,7 +86,7 @@ def _convert(
             if wanted == half:
                 value.dtype = half
     for index, value in enumerate(graph.outputs):
-        if value.dtype == half:
+        if value.dtype == half and not own_half[index]:
             name = str(value.name)
             value.name = f"{name}_half"
             graph.outputs[index] = add_cast(value, FLOAT, name)
