@@ -13,7 +13,7 @@ import torch
 import nova_export
 from nova_export import Pipeline, Request
 from nova_export.bundle import Bundle
-from nova_export.runtime.decode import decode_tile, tiles
+from nova_export.runtime.decode import decode_tile, decoder_of, tiles
 from nova_export.runtime.generate import TemporalState, draw_noise, encode_frame, step_tables
 from nova_export.runtime.noise import RawNormal, TorchGenerator
 from nova_export.runtime.runner import OrtRunner
@@ -264,8 +264,9 @@ def test_order_noise_and_diffusion_head(recorded: Recorded) -> None:
 def test_vae_decoder(recorded: Recorded) -> None:
     latents = recorded.arrays["latents"].astype(np.float32)
     with recorded.runner("vae_decoder") as runner:
-        cut = tiles(recorded.bundle.config.tiling, latents.shape[2])
-        frames = np.concatenate([decode_tile(runner, latents, tile) for tile in cut], axis=1)
+        config = recorded.bundle.config
+        decoder, cut = decoder_of(lambda name: runner, config), tiles(config.tiling, latents.shape[2])
+        frames = np.concatenate([decode_tile(decoder, latents, tile) for tile in cut], axis=1)
     assert_frames_alike(frames, recorded.arrays["frames"])
 
 
