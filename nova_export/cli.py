@@ -92,7 +92,6 @@ def build(
     `nova-export engines` makes them in others, and on the device itself.
     """
     from calibration.recipe import Recipe
-    from nova_export.cli_engines import engines_with_progress
     from nova_export.demo import demo_bundle_folder, demo_checkpoint, make_cache_folder
     from nova_export.engine.compatibility import made_by
     from nova_export.targets import CPU, TARGETS, find
@@ -111,10 +110,7 @@ def build(
     if out is None:
         out, options["force"] = demo_bundle_folder(), True
         make_cache_folder()
-    built = build_with_progress(checkpoint or demo_checkpoint(), out, quiet, **options)
-    if compiling:
-        engines_with_progress(built, target.name, quiet)
-    click.echo(built)
+    click.echo(build_with_progress(checkpoint or demo_checkpoint(), out, quiet, engines=compiling, **options))
 
 
 @cli.command()

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nova_export.child import environment, memory
+from nova_export.child import die_with_parent, environment, memory
 from nova_export.engine.flavour import FLAVOURS, error_logger
 from nova_export.errors import ExportError, NovaExportError
 from nova_export.onnx_files import module_of
@@ -95,6 +95,7 @@ def compile_engine(job: CompileJob, report: Report = lambda doing: None) -> Comp
 
 
 def _main() -> None:
+    die_with_parent()
     job = CompileJob(**json.load(sys.stdin))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # TensorRT prints too

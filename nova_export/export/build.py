@@ -1,8 +1,8 @@
 """Checkpoint -> bundle, stage by stage: load, export, verify, free. Resumable, and atomic at the end.
 
 Work goes on in a hidden folder beside the bundle. A stage finished there, or in the bundle being replaced, is
-used again while its key (weights, config, spec, code, tools, precision) is the same. One rename makes it the
-bundle.
+used again while its key (weights, config, spec, code, tools, precision) is the same. Engines are compiled
+there too. One rename makes it the bundle.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from calibration.statistics import Statistics
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, file_entry, sha256
 from nova_export.child import GB, available_memory
 from nova_export.config import NovaConfig
+from nova_export.engine.build import build_engines
 from nova_export.errors import BundleError, CheckpointError, MemoryShortage, UsageError
 from nova_export.export.build_stage import Job, Report, build_stage
 from nova_export.export.plan import export_bytes
@@ -58,6 +59,7 @@ def build_bundle(
     calibration: str | Path | None = None,
     lean_decode: bool = False,
     verify: bool = True,
+    engines: bool = False,
     force: bool = False,
     report: Report = lambda stage, action: None,
 ) -> Path:
@@ -69,6 +71,7 @@ def build_bundle(
     calibration: what int8 and fp16 take their ranges from (`calibration.collect`). Without it a build with
     int8 calibrates, and fp16 takes those of random inputs.
     lean_decode: the decoder in pieces that need a fraction of its memory (nova_export/lean_stages.py).
+    engines: whether those of the target are compiled too, before the bundle is put in its place.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, corrupt, unsafe or unknown.
@@ -111,8 +114,8 @@ def build_bundle(
         if tokenizer is not None:
             (work / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             files[TOKENIZER] = file_entry(work / TOKENIZER)
-        engines, engine_files = adopt_engines(out, work)
-        files |= engine_files
+        compiled, compiled_files = adopt_engines([work, out], work)
+        files |= compiled_files
         manifest = {
             "format": FORMAT_VERSION,
             "nova_export": nova_export.__version__,
@@ -123,11 +126,12 @@ def build_bundle(
             "lean_decode": lean,
             "tokenizer": TOKENIZER if tokenizer is not None else None,
             "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
-            "engines": engines,
+            "engines": compiled,
             "files": files,
         }
         write_json(work / MANIFEST, manifest)
-        publish(work, out, {MANIFEST, *files})
+        kept = build_engines(work, job.target.name, report=report).files if engines else files
+        publish(work, out, {MANIFEST, *kept})
     for path in _float_paths(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return out

@@ -79,7 +79,7 @@ def _fastest_stage(job: Job, source: FloatSource, spec: Stage, work: Path, repor
         for precision in contained(job.precisions[spec.name]):
             if precision == FP32 or not precision.is_for(spec.name):
                 continue
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work.parent, prefix=".")))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work)))
             one = replace(job, precisions={spec.name: precision}, named=frozenset({spec.name}))
             try:
                 records[precision.name] = (
@@ -157,7 +157,7 @@ def _float_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
     if checked:
         report(spec.name, "verifying")
         check = partial(check_gate, precision=precision) if gated else check_cases
-        with tempfile.TemporaryDirectory(dir=work.parent, prefix=".") as folder:
+        with tempfile.TemporaryDirectory(dir=work) as folder:
             here = runnable_here(graph, precision, job.target, Path(folder))
             with OrtRunner(spec, here) as runner:
                 verified = {**check(spec, runner, cases), **changes}

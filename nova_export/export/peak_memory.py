@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nova_export.child import environment, memory
+from nova_export.child import die_with_parent, environment, memory
 
 CLEAR = Path("/proc/self/clear_refs")
 
@@ -64,6 +64,7 @@ def _generation(job: Mapping[str, Any]) -> int:
 
 
 def main() -> None:
+    die_with_parent()
     job = json.load(sys.stdin)
     print(_stage(job) if "stage" in job else _generation(job))
 

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,10 +51,12 @@ def work_folder(out: Path) -> Iterator[Path]:
                 f"{work}: another build of this bundle is running; wait for it or stop it"
             ) from None
         try:
+            _drop_unfinished(work)  # what a killed build left: whole copies of graphs may be among it
             yield work
         except BaseException as error:
             with suppress(OSError):
-                _drop_unfinished(work)
+                if work.exists() and not _drop_unfinished(work):
+                    shutil.rmtree(work, ignore_errors=True)
             if not isinstance(error, OSError):
                 raise
             full = error.errno in NO_ROOM or "requested and" in str(error)  # numpy's tofile has no errno
@@ -66,25 +68,25 @@ def work_folder(out: Path) -> Iterator[Path]:
             ) from error
 
 
-def _drop_unfinished(work: Path) -> None:
-    """Of a build that did not end, keep the finished stages alone; without any, nothing."""
-    if not work.exists() or (work / MANIFEST).exists():
-        return  # it became the bundle, or was about to
-    keep = {".lock"}
+def _drop_unfinished(work: Path) -> bool:
+    """Of a build that did not end, keep alone what is finished: stages, and with a manifest engines.
+
+    Whether there is any.
+    """
+    keep = set()
     for record in work.glob("*.json"):
         data = read_record(work, record.stem)
-        if data and "files" in data and "key" in data:
-            keep |= {record.name, *data["files"]}
+        if data and "files" in data:
+            keep |= {record.name, *_top(data["files"])}
     for path in work.iterdir():
-        if path.name not in keep:
+        if path.name not in {".lock", *keep}:
             _remove(path)
-    if keep == {".lock"}:
-        shutil.rmtree(work, ignore_errors=True)
+    return bool(keep)
 
 
 def publish(work: Path, out: Path, keep: set[str]) -> None:
     """Drop what is not part of the bundle, then put the folder in its place. keep: paths in the folder."""
-    names = {PurePosixPath(path).parts[0] for path in keep}
+    names = _top(keep)
     for path in work.iterdir():
         if path.name not in names:
             _remove(path)
@@ -96,26 +98,31 @@ def publish(work: Path, out: Path, keep: set[str]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _top(paths: Iterable[str]) -> set[str]:
+    """What in the folder itself holds these paths."""
+    return {PurePosixPath(path).parts[0] for path in paths}
+
+
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def adopt_engines(out: Path, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The engines of the bundle that is replaced, as in its manifest, and their files, linked into `work`.
+def adopt_engines(folders: Sequence[Path], work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The engines of bundles, the first that has one, as in their manifests, and their files: all in `work`.
 
     Whether they are still those of the new graphs, who builds engines finds out.
     """
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        engines = dict(manifest["engines"])
-        paths = [entry["file"] for stages in engines.values() for entry in stages.values()]
-        files = {path: manifest["files"][path] for path in paths if is_inside(path)}
-        for path in files:
-            (work / path).parent.mkdir(exist_ok=True)
-            (work / path).unlink(missing_ok=True)
-            os.link(out / path, work / path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, {}
+    engines: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    for folder in folders:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            for target, stages in manifest["engines"].items():
+                for stage, entry in stages.items():
+                    named = {entry["file"]: manifest["files"][entry["file"]]}
+                    if stage not in engines.get(target, {}) and adopt({"files": named}, folder, work):
+                        engines.setdefault(target, {})[stage] = entry
+                        files |= named
     return engines, files
 
 
@@ -140,9 +147,11 @@ def read_record(folder: Path, name: str) -> dict[str, Any] | None:
 def adopt(record: dict[str, Any], folder: Path, work: Path) -> bool:
     """Whether the record's files are whole; links those of another folder into `work`."""
     try:
-        if any(file_entry(folder / path) != entry for path, entry in record["files"].items()):
-            return False
+        for path, entry in record["files"].items():
+            if not is_inside(path) or file_entry(folder / path) != entry:
+                return False
         for path in record["files"] if folder != work else ():
+            (work / path).parent.mkdir(exist_ok=True)
             (work / path).unlink(missing_ok=True)
             os.link(folder / path, work / path)
     except (OSError, BundleError):

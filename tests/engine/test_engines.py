@@ -7,9 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nova_export.stages import LEAST_CACHE, Limits, stages
 from nova_export.targets import CPU, TARGETS, find
 from tests.command_line import nova_export, only_error
 from tests.conftest import GOLDEN
+from tests.engine.processes import compilers, start, wait_until_gone
 
 pytest.importorskip("tensorrt_rtx")  # has no wheel for aarch64
 
@@ -184,11 +185,26 @@ def test_a_compiler_that_is_killed_is_told(
         compile_engine(job)
 
 
+def test_a_compiler_ends_with_who_waits_for_it(bundle: Path) -> None:
+    """It is stopped in the middle here: by itself it would neither go on nor end."""
+    parent = start("engines", bundle, "-q")
+    while (compiler := next(compilers(parent.pid), None)) is None:
+        assert parent.poll() is None
+        time.sleep(0.01)
+    os.kill(compiler, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+    try:
+        wait_until_gone(parent.pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(compiler, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("after", [0.6, 1.2, 2.0])
 def test_killed_builds_are_gone_on_with(bundle: Path, after: float) -> None:
     """kill -9 at some moment: the bundle opens, and what was compiled is not compiled again."""
-    command = [Path(sys.executable).parent / "nova-export", "engines", bundle, "-q"]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = start("engines", bundle, "-q")
     time.sleep(after)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from nova_export.bundle import MANIFEST, Bundle
+from nova_export.bundle import MANIFEST, Bundle, EngineEntry
+from nova_export.engine.build import _listed
 from nova_export.errors import ExportError, OutputError, UsageError
 from nova_export.export import build, build_stage
 from tests.export.builds import (
@@ -31,6 +32,7 @@ from tests.export.builds import (
 )
 
 ROOT = Path(__file__).parents[2]
+ENDS = (".json", ".onnx", ".onnx.data")
 
 
 # Whole, or not at all
@@ -102,6 +104,52 @@ def test_damaged_leftovers_are_built_again(checkpoint: Path, out: Path, exports:
     assert reused(make(checkpoint, out)) == ["text_encoder", "temporal_encoder"]
     assert exports.done == ["condition", "spatial_encoder", "diffusion_head", "vae_decoder"]
     Bundle.open(out).check_all()
+
+
+def test_what_a_killed_build_left_goes_first(checkpoint: Path, out: Path, exports: Exports) -> None:
+    """Half-written graphs, and whole copies that were to be verified: the next run may need their room."""
+    exports.stop["condition"] = fail(ExportError("it failed"))
+    with pytest.raises(ExportError):
+        make(checkpoint, out)
+    (partial(out) / "tmpcopy").mkdir()
+    (partial(out) / "tmpcopy" / "condition.onnx").touch()
+    (partial(out) / "condition.onnx").touch()
+    left: list[set[str]] = []
+    exports.stop["condition"] = lambda path: left.append(set(contents(path.parent))) or path.touch()
+    make(checkpoint, out)
+    assert left == [{".lock", "condition.onnx", *(f"text_encoder{end}" for end in ENDS)}]
+
+
+def test_engines_are_part_of_the_bundle(
+    checkpoint: Path, out: Path, exports: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while they are compiled there is no bundle yet, and the next run finds what was finished."""
+    found: list[list[str]] = []
+
+    def compile_next(folder: Path, target: str, report: Any) -> Bundle:
+        """One engine more; interrupted after the first."""
+        opened = Bundle.open(folder)
+        there = opened.engines.get(target, {})
+        found.append(sorted(there))
+        name = STAGES[len(there)]
+        (folder / "engines").mkdir(exist_ok=True)
+        (folder / "engines" / name).write_text(name)
+        entry = EngineEntry(f"engines/{name}", opened.stages[name].spec, {}, None, None, None, 0, 0.0)
+        opened = _listed(opened, target, name, entry)
+        if not there:
+            raise KeyboardInterrupt
+        return opened
+
+    monkeypatch.setattr(build, "build_engines", compile_next)
+    with pytest.raises(KeyboardInterrupt):
+        make(checkpoint, out, engines=True)
+    assert not out.exists()
+    assert reused(make(checkpoint, out, engines=True)) == STAGES
+    assert found == [[], STAGES[:1]] and list(out.parent.iterdir()) == [out]
+    Bundle.open(out).check_all()
+    assert list(Bundle.open(out).engines["cpu"]) == STAGES[:2]
+    make(checkpoint, out, engines=True, force=True)
+    assert found[-1] == sorted(STAGES[:2])
 
 
 @pytest.mark.parametrize(("number", "way_out"), [(errno.ENOSPC, "when there is room"), (errno.EIO, "mended")])
