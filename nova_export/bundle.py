@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,7 +47,7 @@ class EngineEntry:
     """A compiled stage.
 
     made_of: what it depends on, by name, as it is or as a digest: another value, another engine. spec: the
-    stage within the engine's limits, which are tighter than the graph's. attention, bytes: as in
+    stage within the engine's limits, which are tighter than the graph's. attention, bytes, layers: as in
     engine/compiler.py.
     """
 
@@ -59,6 +59,7 @@ class EngineEntry:
     weight_bytes: int | None
     peak_bytes: int
     seconds: float
+    layers: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -257,9 +257,10 @@ def _class_id(text: str) -> int:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--hash/--no-hash", "check", default=True, help="Compare every file with its sha256.")
+@click.option("--engines", is_flag=True, help="Also list the layers of engines, and what they compute in.")
 @quiet_option
 @json_option
-def inspect(bundle: Path, check: bool, quiet: bool, as_json: bool) -> None:
+def inspect(bundle: Path, check: bool, engines: bool, quiet: bool, as_json: bool) -> None:
     """Print the stages of BUNDLE, their shapes, sizes and precision, and check its files."""
     from nova_export.bundle import Bundle
     from nova_export.inspect import describe, format_table
@@ -269,7 +270,7 @@ def inspect(bundle: Path, check: bool, quiet: bool, as_json: bool) -> None:
     if check:
         opened.check_all()
         described["hashes"] = "match"
-    click.echo(json.dumps(described, indent=1) if as_json else format_table(described))
+    click.echo(json.dumps(described, indent=1) if as_json else format_table(described, engines))
 
 
 @cli.command()

@@ -18,6 +18,7 @@ ENGINE_COLUMNS = (
     "compile peak MB",
     "seconds",
 )
+LAYER_COLUMNS = ("kind", "inputs", "weights", "outputs", "layers", "nodes")
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def describe_engine(bundle: Bundle, engine: EngineEntry) -> dict[str, Any]:
         "activation_bytes": engine.activation_bytes,
         "peak_bytes": engine.peak_bytes,
         "seconds": engine.seconds,
+        "layers": [dict(each) for each in engine.layers],
     }
 
 
@@ -77,12 +79,19 @@ def engine_table(engines: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown(ENGINE_COLUMNS, [row(*item) for item in engines.items()])
 
 
+def layer_table(engine: Mapping[str, Any]) -> str:
+    """The layers of an engine, as `describe_engine` gives them, for a person."""
+    return markdown(
+        LAYER_COLUMNS, [[str(each[key] or "-") for key in LAYER_COLUMNS] for each in engine["layers"]]
+    )
+
+
 def _shape(tensor: Tensor) -> str:
     return f"{tensor.dtype} ({', '.join(map(str, tensor.shape))})"
 
 
-def format_table(described: dict[str, Any]) -> str:
-    """The description for a person; caches of the same shape are one line."""
+def format_table(described: dict[str, Any], layers: bool = False) -> str:
+    """The description for a person; caches of the same shape are one line. layers: those of engines too."""
     height, width = described["pixels"]
     lines = [
         f"{described['bundle']}: {described['source']}, {described['kind']} {width}x{height}, "
@@ -105,6 +114,8 @@ def format_table(described: dict[str, Any]) -> str:
         made = next(iter(engines.values()))["made_of"]
         lines.append(f"\nengines for {target}, by {made['runtime']} {made['version']}")
         lines.append(engine_table(engines))
+        if layers:
+            lines += [f"\n{name}\n{layer_table(engine)}" for name, engine in engines.items()]
     if described.get("hashes"):
         lines.append("\nall files match their sha256: the bundle is whole")
     return "\n".join(lines)

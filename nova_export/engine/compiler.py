@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from nova_export.child import die_with_parent, environment, memory
 from nova_export.engine.flavour import FLAVOURS, error_logger
+from nova_export.engine.layers import layers_of
 from nova_export.errors import ExportError, NovaExportError
 from nova_export.onnx_files import module_of
 from nova_export.runtime.media import write_whole
@@ -47,13 +48,15 @@ class CompileJob:
 @dataclass(frozen=True)
 class Compiled:
     """attention: "fused", or "decomposed" where no kernel fuses some of it; None without any.
-    activation_bytes, weight_bytes: as TensorRT says; None where it did not. peak_bytes: of the process."""
+    activation_bytes, weight_bytes: as TensorRT says; None where it did not. peak_bytes: of the process.
+    layers: as in engine/layers.py."""
 
     attention: str | None
     activation_bytes: int | None
     weight_bytes: int | None
     peak_bytes: int
     seconds: float
+    layers: Sequence[Mapping[str, Any]]
 
 
 def compile_engine(job: CompileJob, report: Report = lambda doing: None) -> Compiled:
@@ -113,10 +116,13 @@ def _compile(job: CompileJob, report: Report) -> Compiled:
     started = time.monotonic()
     trt = FLAVOURS[job.flavour].load()
     found: dict[str, int] = {}
-    logger = error_logger(
-        trt, lambda said: found.update((each[1], int(each[2])) for each in MEMORY.finditer(said))
-    )
-    plan = None
+    layers: list[dict[str, Any]] = []
+
+    def listen(said: str) -> None:
+        found.update((each[1], int(each[2])) for each in MEMORY.finditer(said))
+        layers[:] = layers_of(said) or layers
+
+    logger, plan = error_logger(trt, listen), None
     for decompose in (False, True):
         plan, attention = _plan(trt, logger, job, decompose, report)
         if plan is not None or not any(NO_KERNEL in error for error in logger.errors):
@@ -127,7 +133,7 @@ def _compile(job: CompileJob, report: Report) -> Compiled:
         raise ExportError(f"{name} cannot compile {job.graph}: {said}")
     write_whole(Path(job.out), lambda file: file.write_bytes(memoryview(plan)))
     peak, seconds = memory("VmHWM"), round(time.monotonic() - started, 2)
-    return Compiled(attention, found.get("Activation"), found.get("Weights"), peak, seconds)
+    return Compiled(attention, found.get("Activation"), found.get("Weights"), peak, seconds, layers)
 
 
 def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Report) -> tuple[Any, str | None]:
@@ -146,7 +152,7 @@ def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Repor
     for each in attentions:
         each.decomposable = decompose
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # it lists layers when done
     config.progress_monitor = _monitor(trt, report)
     if job.compute_capability is not None:
         config.num_compute_capabilities = 1

@@ -91,6 +91,7 @@ def test_every_stage_compiles_and_is_kept(bundle: Path) -> None:
     assert engines["spatial_encoder"].attention == "decomposed"  # no kernel fuses it in float32
     assert engines["condition"].attention is None
     for engine in engines.values():
+        assert {"Float"} <= {numbers for layer in engine.layers for numbers in layer["outputs"].split("+")}
         assert engine.weight_bytes and engine.activation_bytes and engine.peak_bytes > 50e6
         assert opened.files[engine.file].size > 10_000
     assert compiled(done(bundle)) == {}
@@ -226,6 +227,7 @@ def test_the_command(bundle: Path, golden_bundle: Callable[[str], Path]) -> None
     assert "condition: reused" in again.err and "| condition | -" in again.out
     shown = nova_export("inspect", bundle, "-q").out
     assert "engines for rtx-40, by TensorRT-RTX" in shown and "| condition | -" in shown
+    assert "gemm" not in shown and "| gemm" in nova_export("inspect", bundle, "-q", "--engines").out
     cpu = golden_bundle("t2i")
     only_error(nova_export("engines", cpu, "-q"), 2, "target cpu", "no engines")
     only_error(nova_export("engines", cpu, "--target", RTX_40, "-q"), 2, "others", f"--target {RTX_40}")

@@ -48,6 +48,9 @@ def test_every_stage_in_fp16(name: str, tmp_path: Path) -> None:
     if name in ("t2v", "demo"):  # for the others' temporal encoders there is no fused kernel
         assert engines["temporal_encoder"].attention == "fused"
     for stage, engine in engines.items():
+        layers = [layer for layer in engine.layers if layer["kind"] == "attention"]
+        assert layers or engine.attention != "fused", stage  # as it says itself
+        assert all("Half" in layer["inputs"] and "Float" not in layer["inputs"] for layer in layers), stage
         assert engine.weight_bytes is not None
         assert engine.weight_bytes < 1.2 * data_bytes(bundle, stage) + 50_000, stage  # held once, in 16 bits
 
