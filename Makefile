@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find calibration engines nova_export reference_model -name '*.py')
 
+# As many processes as cores, each with one thread; at most four, for each of them holds torch.
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
+
 DEMO_CHECKPOINT := reference_model/demo/checkpoint
 DEMO_PROMPT := a red circle moving right
 
@@ -35,7 +38,7 @@ eval: demo/bundle/manifest.json
 	$(BIN)/nova-export eval demo/bundle --sheet demo/shapes_eval.png
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow

@@ -1,8 +1,10 @@
-"""Shared fixtures: golden checkpoints, and bundles of them, built once a test session."""
+"""Shared fixtures: golden checkpoints, and bundles of them, built once a test run."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +21,24 @@ EXPECTATIONS = ("latents_shape", "frames_shape", "latents_std", "frames_std", "e
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run, the same in all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(shared: Path) -> Callable[[str], Path]:
     """The bundle of a golden checkpoint by its name. Treat it as read-only; copy it to change it."""
     from nova_export.export.build import build_bundle
 
-    folder = tmp_path_factory.mktemp("bundles")
-
     def bundle(name: str) -> Path:
-        path = folder / name
-        return path if path.exists() else build_bundle(GOLDEN / name / "checkpoint", path)
+        path = shared / name
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the first process builds, others wait for it
+            return path if path.exists() else build_bundle(GOLDEN / name / "checkpoint", path)
 
     return bundle
 
