@@ -61,14 +61,16 @@ def decoder_of(
     config: NovaConfig,
     lean_decode: str | None = None,
     vae_tile: int | None = None,
+    low_memory: bool = False,
 ) -> Decoder:
     """The autoencoder's decoder: in one stage, or in the pieces of a lean decode.
 
-    vae_tile: over squares of so many latents a side, blended; None, and exact, over whole frames.
+    vae_tile: over squares of so many latents a side, blended; None, and exact, over whole frames. low_memory:
+    the frames between pieces are kept by the host.
     """
     if lean_decode:
         pieces = [piece.name for piece in lean_decoder(config, lean_decode)]
-        decoder: Decoder = partial(decode_lean, stage, pieces)
+        decoder: Decoder = partial(decode_lean, stage, pieces, frames_on_host=low_memory)
     else:
 
         def decoder(latents: Floats) -> Floats:

@@ -1,7 +1,8 @@
 """A tile decoded layer by layer, frame by frame: runs what reference_model/vae/lean.py cuts the decoder into.
 
 A tensor of the last blocks takes gigabytes, and a decoder in one graph holds several. Here the frames of a
-layer stand apart, and are freed as soon as those of the next are made of them.
+layer stand apart, and are freed as soon as those of the next are made of them. On a GPU that is too small even
+for these, they wait in the machine's own memory.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ from nova_export.runtime.runner import Held, Runner
 Floats = NDArray[np.float32]
 
 
-def decode_lean(stage: Callable[[str], Runner], pieces: Sequence[str], latents: Floats) -> Floats:
-    """Latents (1, C, l, h, w) of one tile to pixels (1, 3, F, H, W). pieces: names of stages, in order."""
+def decode_lean(
+    stage: Callable[[str], Runner], pieces: Sequence[str], latents: Floats, frames_on_host: bool = False
+) -> Floats:
+    """Latents (1, C, l, h, w) of one tile to pixels (1, 3, F, H, W).
+
+    pieces: names of stages, in order. frames_on_host: only what a call needs is on its device.
+    """
     start = dict(stage(pieces[0]).run({"latents": latents}))
     frames, statistics = _rows(start.pop("next_frames")), _over_frames([start])
     block: list[Held] = []  # the frames that the residual block at work got
@@ -32,7 +38,10 @@ def decode_lean(stage: Callable[[str], Runner], pieces: Sequence[str], latents: 
         made = []
         for arrays in of_frames:
             inputs = {name: array for name, array in {**arrays, **statistics}.items() if name in takes}
-            made.append(dict(runner.run(inputs)))
+            outputs = runner.run(inputs)
+            made.append(
+                {name: np.asarray(array) if frames_on_host else array for name, array in outputs.items()}
+            )
         frames = [outputs.pop(runner.stage.outputs[0].name) for outputs in made]
         statistics = _over_frames(made)
     return np.stack([np.asarray(frame) for frame in frames], axis=2)

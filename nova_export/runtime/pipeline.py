@@ -46,7 +46,7 @@ class Output:
 class Pipeline:
     """Text (or class, or image) to frames, over any set of runners; see `load` for one over a bundle.
 
-    lean_decode: as in `stages`. vae_tile: as in `decoder_of`.
+    lean_decode: as in `stages`. vae_tile, low_memory: as in `decoder_of`.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class Pipeline:
         close: Callable[[], None] = lambda: None,
         lean_decode: str | None = None,
         vae_tile: int | None = None,
+        low_memory: bool = False,
     ) -> None:
         self.config = config
         self._stage, self._tokenizer, self._close = stage, tokenizer, close
-        self._decoder = decoder_of(stage, config, lean_decode, vae_tile)
+        self._decoder = decoder_of(stage, config, lean_decode, vae_tile, low_memory)
 
     @classmethod
     def over(
@@ -68,10 +69,13 @@ class Pipeline:
         bundle: Bundle,
         stage: Callable[[str], Runner],
         close: Callable[[], None] = lambda: None,
-        vae_tile: int | None = None,
+        **options: Any,
     ) -> Pipeline:
-        """One over any runners of a bundle's stages. Raises BundleError where its tokenizer was changed."""
-        return cls(bundle.config, stage, bundle_tokenizer(bundle), close, bundle.lean_decode, vae_tile)
+        """One over any runners of a bundle's stages; options as above.
+
+        Raises BundleError where its tokenizer was changed.
+        """
+        return cls(bundle.config, stage, bundle_tokenizer(bundle), close, bundle.lean_decode, **options)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -207,14 +211,16 @@ def load(
     """Open a bundle. Stages are loaded, and their files checked, when they are first needed.
 
     device: "cpu", "cuda", or a target that the bundle has engines for; as in `choose_device` if not told.
-    threads: of ONNX Runtime; 0 leaves their number to it. low_memory: keep only one phase's stages loaded.
+    threads: of ONNX Runtime; 0 leaves their number to it. low_memory: keep only one phase's stages loaded,
+    and of a lean decode only the frames that a piece needs on the GPU.
     vae_tile: decode squares of so many latents a side and blend them: less memory, and not exact. If not
     told, what engines are limited to.
     Raises BundleError, UsageError, DependencyError.
     """
     opened = Bundle.open(bundle)
     runners = StageRunners(opened, device, threads, low_memory)
-    return Pipeline.over(opened, runners, runners.close, vae_tile or runners.vae_tile)
+    tile = vae_tile or runners.vae_tile
+    return Pipeline.over(opened, runners, runners.close, vae_tile=tile, low_memory=low_memory)
 
 
 def bundle_tokenizer(bundle: Bundle) -> PromptTokenizer | None:

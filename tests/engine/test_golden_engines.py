@@ -10,6 +10,7 @@ from calibration import default_prompts
 from calibration.collect import calibrate
 from nova_export.bundle import Bundle
 from nova_export.demo import demo_checkpoint
+from nova_export.lean_stages import is_piece
 from tests.command_line import nova_export
 from tests.conftest import GOLDEN
 
@@ -53,6 +54,17 @@ def test_every_stage_in_fp16(name: str, tmp_path: Path) -> None:
         assert all("Half" in layer["inputs"] and "Float" not in layer["inputs"] for layer in layers), stage
         assert engine.weight_bytes is not None
         assert engine.weight_bytes < 1.2 * data_bytes(bundle, stage) + 50_000, stage  # held once, in 16 bits
+
+
+@HEAVY
+def test_the_pieces_of_a_lean_decode(tmp_path: Path) -> None:
+    bundle = built("t2v", tmp_path / "bundle", "--precision", "fp16", "--lean-decode")
+    engines = bundle.engines["rtx-40"]
+    assert engines.keys() == bundle.stages.keys()
+    pieces = [engine for engine in engines.values() if is_piece(engine.spec)]
+    assert len(pieces) == 11
+    for engine in pieces:
+        assert {tensor.dtype for tensor in engine.spec.inputs} <= {"float16", "float32"}
 
 
 @HEAVY

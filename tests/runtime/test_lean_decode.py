@@ -122,6 +122,29 @@ def test_engines_of_pieces_run(lean_bundle: Path, tmp_path: Path, monkeypatch: p
     assert not machine.cuda.live
 
 
+def test_with_low_memory_frames_wait_on_the_host(
+    lean_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(lean_bundle, tmp_path / "bundle"))
+    add_engines(path)
+    peaks, frames = [], []
+    for low_memory in (False, True):
+        machine, most = Machine(monkeypatch), [0]
+        allocate = machine.cuda.cudaMallocAsync
+
+        def counted(size: int, stream: int) -> tuple[int, int]:
+            made = allocate(size, stream)  # noqa: B023 (called in this round alone)
+            most[0] = max(most[0], sum(map(len, machine.cuda.live.values())))  # noqa: B023
+            return made
+
+        machine.cuda.cudaMallocAsync = counted  # type: ignore[method-assign]
+        with nova_export.load(path, low_memory=low_memory) as pipe:
+            frames.append(pipe.decode(np.ones((1, 4, 5, *pipe.config.latent_size), np.float32)))
+        peaks.append(most[0])
+    np.testing.assert_array_equal(*frames)
+    assert peaks[1] < 0.4 * peaks[0]
+
+
 class Counting:
     """A piece that makes frames of nothing, and knows how many of all pieces are alive."""
 
