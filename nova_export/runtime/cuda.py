@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 
 from nova_export.errors import DependencyError, StageError
 from nova_export.runtime.device_array import DeviceArray
+from nova_export.runtime.runner import Held
 
 MODULE = "cuda.bindings.runtime"
 MIB = 1 << 20
@@ -32,7 +36,7 @@ class Gpu:
             ) from error
         self._keep_freed_memory()
         self.stream = int(self._call("cudaStreamCreate"))
-        self._arena: DeviceArray | None = None
+        self._arena = Arena(self)
 
     def _keep_freed_memory(self) -> None:
         """Else all that is free goes back to the driver whenever the host waits for the GPU."""
@@ -61,16 +65,53 @@ class Gpu:
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """A copy on the GPU. The array may be changed or freed afterwards: pageable memory is staged."""
         held = self.empty(array.shape, str(array.dtype))
-        array = np.ascontiguousarray(array)
-        self._copy(held.pointer, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+        self.write(held.pointer, array)
+        return held
+
+    def write(self, to: int, array: Held) -> None:
+        """Copy an array, of the host or the GPU, to an address of the GPU."""
+        if isinstance(array, DeviceArray):
+            self._copy(to, array.pointer, array.nbytes, "cudaMemcpyDeviceToDevice")
+        else:
+            array = np.ascontiguousarray(array)
+            self._copy(to, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+
+    def read(self, start: int, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        """A copy, in memory of its own, of what lies at an address of the GPU."""
+        held = self.empty(shape, dtype)
+        self._copy(held.pointer, start, held.nbytes, "cudaMemcpyDeviceToDevice")
         return held
 
     def arena(self, size: int) -> int:
         """Where `size` bytes of scratch begin that all stages share: one runs at a time."""
-        if self._arena is None or self._arena.nbytes < size:
-            self._arena = None  # freed before the larger one is there
-            self._arena = self.empty((size,), "uint8")
-        return self._arena.pointer
+        return self._arena.at_least(size)
+
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """What `enqueue` puts on the stream, as a graph that was not run. Raises StageError."""
+        try:
+            with _no_garbage_collection():
+                return self._capture(enqueue)
+        except StageError:
+            self._cuda.cudaGetLastError()  # forgets it: else who asks after a later call hears of this one
+            raise
+
+    def _capture(self, enqueue: Callable[[], None]) -> Graph:
+        # Thread-local: what other threads ask of the GPU meanwhile is none of this.
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            enqueue()
+        except BaseException:
+            self._cuda.cudaStreamEndCapture(self.stream)  # else the stream runs nothing any more
+            raise
+        captured = self._call("cudaStreamEndCapture", self.stream)
+        try:
+            executable = self._call("cudaGraphInstantiate", captured, 0)
+        finally:
+            self._cuda.cudaGraphDestroy(captured)
+        graph = Graph(lambda: self._call("cudaGraphLaunch", executable, self.stream))
+        weakref.finalize(graph, self._cuda.cudaGraphExecDestroy, executable).atexit = False
+        return graph
 
     def _copy(self, to: int, start: int, size: int, kind: str) -> None:
         if size:
@@ -88,5 +129,39 @@ class Gpu:
         return values[0] if values else None
 
 
+class Graph:
+    """Work that was captured; `launch` puts all of it on the stream. Destroyed with this, once it has run."""
+
+    def __init__(self, launch: Callable[[], object]) -> None:
+        self.launch = launch
+
+
+class Arena:
+    """Memory that is used again and again, as large as its largest use. It moves where it grows."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._held: DeviceArray | None = None
+
+    def at_least(self, size: int) -> int:
+        """Where `size` bytes begin."""
+        if self._held is None or self._held.nbytes < size:
+            self._held = None  # freed before the larger one is there
+            self._held = self._gpu.empty((size,), "uint8")
+        return self._held.pointer
+
+
 class _Memory:
     """Stands for memory of the GPU: it is freed with this."""
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What it frees would be freed within a capture, and spoil that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -207,6 +207,7 @@ def load(
     threads: int = 0,
     low_memory: bool = False,
     vae_tile: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Pipeline:
     """Open a bundle. Stages are loaded, and their files checked, when they are first needed.
 
@@ -215,10 +216,11 @@ def load(
     and of a lean decode only the frames that a piece needs on the GPU.
     vae_tile: decode squares of so many latents a side and blend them: less memory, and not exact. If not
     told, what engines are limited to.
+    cuda_graphs: of engines, which launch an AR step's kernels at once where that was seen before.
     Raises BundleError, UsageError, DependencyError.
     """
     opened = Bundle.open(bundle)
-    runners = StageRunners(opened, device, threads, low_memory)
+    runners = StageRunners(opened, device, threads, low_memory, cuda_graphs)
     tile = vae_tile or runners.vae_tile
     return Pipeline.over(opened, runners, runners.close, vae_tile=tile, low_memory=low_memory)
 

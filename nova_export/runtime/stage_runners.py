@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from nova_export.bundle import Bundle
+import hashlib
+from pathlib import Path
+
+from nova_export.bundle import Bundle, EngineEntry
 from nova_export.child import GB, available_memory
+from nova_export.demo import cache_folder
 from nova_export.engine.compatibility import check_engines
 from nova_export.engine.flavour import machine_capability
 from nova_export.errors import BundleError, DependencyError, MemoryShortage, UsageError
 from nova_export.lean_stages import DECODER
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.ort_cuda import PROVIDERS, OrtCudaRunner
+from nova_export.runtime.rtx import RtxRunner
 from nova_export.runtime.runner import OrtRunner, Runner
 from nova_export.runtime.tensorrt import TensorRtRunner
 from nova_export.targets import TARGETS, find
@@ -57,13 +62,20 @@ class StageRunners:
     """Runners of a bundle's stages, opened when first asked for, their files checked then.
 
     device: one of PROVIDERS for the graphs, or a target that the bundle has engines for. With `low_memory`
-    only the stages of one phase are open at a time (text, image, frame, step, decode).
+    only the stages of one phase are open at a time (text, image, frame, step, decode). cuda_graphs: of
+    engines; there are none with `low_memory`, where no stage stays long enough to use them.
     """
 
     def __init__(
-        self, bundle: Bundle, device: str | None = None, threads: int = 0, low_memory: bool = False
+        self,
+        bundle: Bundle,
+        device: str | None = None,
+        threads: int = 0,
+        low_memory: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         self.bundle, self.threads, self.low_memory = bundle, threads, low_memory
+        self.cuda_graphs = cuda_graphs and not low_memory
         self.device = device or choose_device(bundle)
         if self.device in PROVIDERS:
             check_memory(bundle, low_memory)
@@ -109,11 +121,19 @@ class StageRunners:
         if not checked:
             self.bundle.check(engine.file)
         self._gpu = self._gpu or Gpu()
-        return TensorRtRunner(
-            engine.spec, self.bundle.path(engine.file), str(find(TARGETS, self.device).runtime), self._gpu
-        )
+        path = self.bundle.path(engine.file)
+        if find(TARGETS, self.device).runtime == RtxRunner.runtime:
+            kernels = kernel_file(self.bundle, engine)
+            return RtxRunner(engine.spec, path, self._gpu, kernels, self.cuda_graphs)
+        return TensorRtRunner(engine.spec, path, self._gpu, self.cuda_graphs)
 
     def close(self, keep_phase: str | None = None) -> None:
         """Free every open runner, but those of one phase if it is named."""
         for name in [n for n, runner in self._open.items() if runner.stage.phase != keep_phase]:
             self._open.pop(name).__exit__(None, None, None)
+
+
+def kernel_file(bundle: Bundle, engine: EngineEntry) -> Path:
+    """Where kernels of an engine are kept: by its contents, and version and GPU that it was made for."""
+    made_of = f"{bundle.files[engine.file].sha256} {sorted(engine.made_of.items())}"
+    return cache_folder() / "kernels" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.bin"

@@ -1,84 +1,103 @@
-"""A stage's engine on TensorRT, or TensorRT for RTX: through cuda-python, without torch."""
+"""A stage's engine on TensorRT: through cuda-python, without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nova_export.engine.flavour import error_logger, flavour
 from nova_export.errors import BundleError, StageError
 from nova_export.runtime.cuda import Gpu
+from nova_export.runtime.cuda_graph import Context, StageGraphs
 from nova_export.runtime.device_array import DeviceArray
 from nova_export.runtime.runner import Held
 from nova_export.spec import Stage
 
+GRAPHED_PHASE = "step"  # hundreds of runs a video, of small kernels; others run a few times, and take caches
+
+RunnerType = TypeVar("RunnerType", bound="TensorRtRunner")
+
 
 class TensorRtRunner:
-    """Outputs stay on the GPU. stage: the spec within the engine's limits. runtime: of `FLAVOURS`.
+    """Outputs stay on the GPU. stage: the spec within the engine's limits.
 
-    The engine computes in the scratch memory that all stages of `gpu` share.
+    The engine computes in the scratch memory that all stages of `gpu` share. cuda_graphs: launch the kernels
+    of an AR step's stages all at once, see `StageGraphs`.
     """
 
-    def __init__(self, stage: Stage, path: Path, runtime: str, gpu: Gpu) -> None:
-        self.stage, self.path, self.gpu = stage, path, gpu
-        self._flavour = flavour(runtime)
-        self._engine: Any = None
-        self._context: Any = None
+    runtime = "tensorrt"  # of FLAVOURS
+    captures = True  # graphs are captured by `StageGraphs`
 
-    def __enter__(self) -> TensorRtRunner:
-        trt = self._flavour.load()
+    def __init__(self, stage: Stage, path: Path, gpu: Gpu, cuda_graphs: bool = True) -> None:
+        self.stage, self.path, self.gpu, self.cuda_graphs = stage, path, gpu, cuda_graphs
+        self._flavour = flavour(self.runtime)
+        self._engine: Any = None
+        self._context: Context | None = None
+        self._graphs: StageGraphs | None = None
+
+    def __enter__(self: RunnerType) -> RunnerType:
+        trt = self._trt = self._flavour.load()
         self._logger = error_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
-        if self._engine is not None:
-            strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            self._context = self._engine.create_execution_context(strategy)
-        if self._context is None:
+        try:
+            if self._engine is None:
+                raise self._failed("does not load it")
+            self._open()
+        except StageError as error:
+            self.__exit__(None, None, None)
             raise BundleError(
                 f"{self.path}: {self._flavour.name} {trt.__version__} cannot load it: {self._said()}; "
                 "`nova-export engines BUNDLE` compiles it again, --device cpu does without"
-            )
+            ) from error
+        return self
+
+    def _open(self) -> None:
         self._on_host = {
             tensor.name
             for tensor in self.stage.inputs
-            if self._engine.get_tensor_location(tensor.name) == trt.TensorLocation.HOST
+            if self._engine.get_tensor_location(tensor.name) == self._trt.TensorLocation.HOST
         }
-        return self
+        self._context = self._new_context()
+        # What is read on the host is part of a graph: it would stay what it was at the capture.
+        if self.cuda_graphs and self.stage.phase == GRAPHED_PHASE and not self._on_host:
+            new = partial(self._new_context, graphs=True)
+            self._graphs = StageGraphs(self.stage, self.gpu, self._context, new, self.captures)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._context = self._engine = self._runtime = None  # in this order: each needs the next
+        # In this order: each needs the next.
+        self._graphs = self._context = self._engine = self._runtime = None
 
     def run(self, inputs: Mapping[str, Held]) -> dict[str, DeviceArray]:
         """Outputs by name, before they are computed: reading one waits. Raises StageError."""
-        self.stage.bind(inputs)
+        sizes = self.stage.bind(inputs)
         if self._context is None:
             raise StageError(f"stage {self.stage.name}: its runner is not open; use it in a with block")
-        held: dict[str, Any] = {}
-        for name, array in inputs.items():
-            held[name], address = self._place(name, array)
-            if not (
-                self._context.set_input_shape(name, tuple(array.shape))
-                and self._context.set_tensor_address(name, address)
-            ):
-                raise self._failed(f"does not take input {name!r} of shape {tuple(array.shape)}")
+        if self._graphs:
+            return self._graphs.run(inputs, sizes)
+        return self._run(self._context, inputs)
+
+    def _run(self, context: Context, inputs: Mapping[str, Held]) -> dict[str, DeviceArray]:
+        """In whatever memory the inputs are, and new memory."""
+        placed = {name: self._place(name, array) for name, array in inputs.items()}
+        addresses = {name: address for name, (_, address) in placed.items()}
+        shapes = context.set_inputs({name: tuple(each.shape) for name, each in inputs.items()}, addresses)
         outputs: dict[str, DeviceArray] = {}
         for tensor in self.stage.outputs:
             # Graphs write aliased outputs in place; engines only where they say so themselves.
-            shape = tuple(self._context.get_tensor_shape(tensor.name))
             alias = self._aliased(tensor.name)
-            made = held[alias] if alias else self.gpu.empty(shape, tensor.dtype)
-            self._context.set_tensor_address(tensor.name, made.pointer)
+            made = placed[alias][0] if alias else self.gpu.empty(shapes[tensor.name], tensor.dtype)
             outputs[tensor.name] = made
-        size = self._engine.device_memory_size_v2
-        self._context.set_device_memory(self.gpu.arena(size), size)
-        if not self._context.execute_async_v3(self.gpu.stream):
-            raise self._failed("failed")
+            addresses[tensor.name] = made.pointer
+        context.set_addresses(addresses, self.gpu.arena(context.scratch))
+        context.enqueue()
         return outputs
 
     def _place(self, name: str, array: Held) -> tuple[Any, int]:
@@ -93,6 +112,16 @@ class TensorRtRunner:
         """The input whose memory the engine writes this output to; versions before 10.15 know of none."""
         ask = getattr(self._engine, "get_aliased_input_tensor", None)
         return ask(output) if ask else None
+
+    def _new_context(self, graphs: bool = False) -> Context:
+        """graphs: it will run one shape alone. Raises StageError where TensorRT makes none."""
+        context = self._create_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED, graphs)
+        if context is None:
+            raise self._failed("makes no execution context")
+        return Context(context, self.stage, self.gpu, self._engine.device_memory_size_v2, self._failed)
+
+    def _create_context(self, strategy: Any, graphs: bool) -> Any:
+        return self._engine.create_execution_context(strategy)
 
     def _failed(self, how: str) -> StageError:
         return StageError(f"stage {self.stage.name}: {self._flavour.name} {how}: {self._said()}")

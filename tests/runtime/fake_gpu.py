@@ -1,86 +1,33 @@
-"""CUDA and TensorRT without a GPU: memory is the machine's own, and an engine's file names an ONNX graph.
-
-As on a real one, nothing happens before the host waits for the stream, in the order in which it was asked
-for; memory that was freed is overwritten.
-"""
+"""TensorRT without a GPU, over `FakeCuda`: an engine's file names an ONNX graph, which ONNX Runtime runs."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+import sys
+import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from nova_export.bundle import MANIFEST, Bundle, EngineEntry, file_entry
+from nova_export.engine import compatibility
+from nova_export.runtime import stage_runners
+from tests.runtime.fake_cuda import JUNK, FakeCuda, Work
 
 VERSION, CAPABILITY, TARGET = "1.2.3", "8.9", "rtx-40"
-JUNK = 0xAB
-
-
-class FakeCuda:
-    """The functions of cuda.bindings.runtime that are used. live: bytes by address; uploads: their sizes."""
-
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-    cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)
-
-    def __init__(self, memory: int = 1 << 40) -> None:
-        self.memory = memory
-        self.live: dict[int, Any] = {}
-        self.freed: list[Any] = []  # kept, so that no address comes twice
-        self.uploads: list[int] = []
-        self.waiting: list[Callable[[], object]] = []
-        self.kept_after_free = 0
-
-    def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:
-        return 0, {2: b"out of memory"}.get(status, b"failed")
-
-    def cudaDeviceGetDefaultMemPool(self, device: int) -> tuple[int, str]:
-        return 0, "pool"
-
-    def cudaMemPoolSetAttribute(self, pool: str, attribute: int, value: int) -> tuple[int]:
-        assert (pool, attribute) == ("pool", 4)
-        self.kept_after_free = value
-        return (0,)
-
-    def cudaStreamCreate(self) -> tuple[int, int]:
-        return 0, 7
-
-    def cudaMallocAsync(self, size: int, stream: int) -> tuple[int, int]:
-        assert stream == 7 and size > 0
-        if size + sum(map(len, self.live.values())) > self.memory:
-            return 2, 0
-        memory = (ctypes.c_ubyte * size)(*([JUNK] * min(size, 64)))
-        self.live[ctypes.addressof(memory)] = memory
-        return 0, ctypes.addressof(memory)
-
-    def cudaFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
-        memory = self.live.pop(pointer)
-        self.freed.append(memory)
-        self.waiting.append(lambda: ctypes.memset(pointer, JUNK, len(memory)))
-        return (0,)
-
-    def cudaMemcpyAsync(self, to: int, start: int, size: int, kind: int, stream: int) -> tuple[int]:
-        assert stream == 7
-        if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:
-            self.uploads.append(size)
-            staged = ctypes.string_at(start, size)
-            self.waiting.append(lambda: ctypes.memmove(to, staged, size))
-        else:
-            self.waiting.append(lambda: ctypes.memmove(to, start, size))
-        return (0,)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        while self.waiting:
-            self.waiting.pop(0)()
-        return (0,)
 
 
 class FakeTensorRt:
-    """The part of the module that running takes. on_host: inputs that engines read on the host."""
+    """The part of the module that running takes. on_host: inputs that engines read on the host.
+
+    capturable: what contexts answer when asked; None for versions without the question. in_capture: done by
+    engines within a capture. contexts: those that are alive.
+    """
 
     __version__ = VERSION
     ILogger = type(
@@ -89,10 +36,19 @@ class FakeTensorRt:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
     TensorLocation = SimpleNamespace(HOST=1, DEVICE=0)
 
-    def __init__(self, cuda: FakeCuda, aliases: bool = False, on_host: tuple[str, ...] = ()) -> None:
-        self.cuda, self.aliases, self.on_host = cuda, aliases, on_host
+    def __init__(
+        self,
+        cuda: FakeCuda,
+        aliases: bool = False,
+        on_host: tuple[str, ...] = (),
+        capturable: bool | None = None,
+    ) -> None:
+        self.cuda, self.aliases, self.on_host, self.capturable = cuda, aliases, on_host, capturable
         self.scratch: set[int] = set()  # addresses of what engines computed in
         self.fails = ""
+        self.in_capture: Work = lambda: None
+        self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
+        self.most_contexts = 1 << 20
 
     def Runtime(self, logger: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda data: self._engine(logger, data))
@@ -104,6 +60,57 @@ class FakeTensorRt:
         return FakeEngine(self, logger, Path(data.decode()))
 
 
+class FakeRtx(FakeTensorRt):
+    """TensorRT for RTX: compiles a kernel for each shape, and captures graphs itself, if told so.
+
+    compiled: kernels, each time; captures, replays: runs of contexts that took a graph or launched it.
+    """
+
+    CudaGraphStrategy = SimpleNamespace(DISABLED=0, WHOLE_GRAPH_CAPTURE=1)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.compiled: list[str] = []
+        self.captures = self.replays = 0
+
+
+class FakeKernels:
+    """A runtime cache."""
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> memoryview:
+        return memoryview(b"kernels" + json.dumps(sorted(self.kernels)).encode())
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"kernels"):
+            self.logger.log(1, "not a runtime cache")
+            return False
+        self.kernels = set(json.loads(blob.removeprefix(b"kernels")))
+        return True
+
+
+class FakeConfig:
+    """A runtime config."""
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+        self.strategy, self.cuda_graph_strategy = 0, 0
+        self.cache: FakeKernels | None = None
+
+    def create_runtime_cache(self) -> FakeKernels:
+        return FakeKernels(self.logger)
+
+    def set_runtime_cache(self, cache: FakeKernels) -> bool:
+        self.cache = cache
+        return True
+
+    def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+        self.strategy = strategy
+
+
 class FakeEngine:
     device_memory_size_v2 = 4096
 
@@ -111,11 +118,21 @@ class FakeEngine:
         import onnxruntime as ort
 
         self.trt, self.logger = trt, logger
-        self.session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        if isinstance(trt, FakeRtx):
+            self.create_runtime_config = lambda: FakeConfig(logger)
 
-    def create_execution_context(self, strategy: int) -> FakeContext:
-        assert strategy == 2
-        return FakeContext(self)
+    def create_execution_context(self, how: int | FakeConfig) -> FakeContext | None:
+        config = how if isinstance(how, FakeConfig) else FakeConfig(self.logger)
+        assert config.strategy == 2 if config is how else how == 2
+        if len(self.trt.contexts) >= self.trt.most_contexts:
+            self.logger.log(1, "no memory for a context")
+            return None
+        context = FakeContext(self, config)
+        self.trt.contexts.add(context)
+        return context
 
     def get_tensor_location(self, name: str) -> int:
         return int(name in self.trt.on_host)
@@ -127,11 +144,16 @@ class FakeEngine:
 class FakeContext:
     """Runs the graph with ONNX Runtime, on what lies at the addresses that it was given."""
 
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine, self.session = engine, engine.session
+    def __init__(self, engine: FakeEngine, config: FakeConfig) -> None:
+        self.engine, self.session, self.config = engine, engine.session, config
         self.types = {each.name: self._dtype(each.type) for each in self._tensors()}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.memory = 0
+        self.is_new = True  # it has to run once with its shapes before it can be captured
+        self.ran_in: tuple[Any, int] = None, 0  # the same place, so often in a row
+        if engine.trt.capturable is not None:
+            self.is_stream_capturable = lambda stream: engine.trt.capturable
 
     def _tensors(self) -> list[Any]:
         return [*self.session.get_inputs(), *self.session.get_outputs()]
@@ -141,6 +163,7 @@ class FakeContext:
         return np.dtype({"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}[name])
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.is_new |= self.shapes.get(name) != shape
         self.shapes[name] = shape
         return True
 
@@ -152,6 +175,7 @@ class FakeContext:
     def set_device_memory(self, memory: int, size: int) -> None:
         cuda = self.engine.trt.cuda
         assert size == self.engine.device_memory_size_v2 and len(cuda.live[memory]) >= size
+        self.memory = memory
         self.engine.trt.scratch.add(memory)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -160,23 +184,61 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 7
-        if self.engine.trt.fails:
-            self.engine.logger.log(1, self.engine.trt.fails)
-            return False
-        shapes, addresses, on_host = dict(self.shapes), dict(self.addresses), self.engine.trt.on_host
+        trt, cuda = self.engine.trt, self.engine.trt.cuda
+        if cuda.recorded is not None:
+            trt.in_capture()
+            if self.is_new and cuda.spoils():
+                return self._refuses("shapes were not updated before the capture")
+        if trt.fails or cuda.error:
+            return self._refuses(trt.fails or f"CUDA error {cuda.error}")
+        self.is_new = False
+        place = self._place()
         for output in self.addresses.keys() - self.shapes.keys():
             shared = {name for name in self.shapes if self.addresses[name] == self.addresses[output]}
             assert shared <= {self.engine.get_aliased_input_tensor(output)}, f"{output} overwrites {shared}"
-        now = {name: self._read(name, shapes, addresses) for name in on_host if name in shapes}
-
-        def compute() -> None:
-            feeds = {name: self._read(name, shapes, addresses) for name in shapes} | now
-            names = [output.name for output in self.session.get_outputs()]
-            for name, array in zip(names, self.session.run(names, feeds), strict=True):
-                ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
-
-        self.engine.trt.cuda.waiting.append(compute)
+        on_host = {name: self._read(name, *place[:2]) for name in trt.on_host if name in self.shapes}
+        if cuda.recorded is None:
+            self._compile_and_count(place)
+            cuda.do(lambda: self._compute(place, on_host))
+        else:
+            cuda.do(partial(replay, weakref.ref(self), place, on_host, self._sizes(place[0])))
         return True
+
+    def _refuses(self, why: str) -> bool:
+        self.engine.logger.log(1, why)
+        return False
+
+    def _place(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
+        return dict(self.shapes), dict(self.addresses), self.memory
+
+    def _sizes(self, shapes: dict[str, Any]) -> dict[str, int]:
+        """Bytes of the outputs."""
+        names = [output.name for output in self.session.get_outputs()]
+        return {n: int(np.prod(self.get_tensor_shape(n))) * self.types[n].itemsize for n in names}
+
+    def _compile_and_count(self, place: Any) -> None:
+        """As TensorRT-RTX does: each shape's kernel once; a graph at the second run in the same place."""
+        trt, cache = self.engine.trt, self.config.cache
+        if not isinstance(trt, FakeRtx):
+            return
+        kernel = f"{self.session.get_outputs()[0].name} {sorted(self.shapes.items())}"
+        if cache is None or kernel not in cache.kernels:
+            trt.compiled.append(kernel)
+        if cache is not None:
+            cache.kernels.add(kernel)
+        before, times = self.ran_in
+        self.ran_in = place, times + 1 if place == before else 1
+        if self.config.cuda_graph_strategy:
+            trt.captures += self.ran_in[1] == 2
+            trt.replays += self.ran_in[1] > 2
+
+    def _compute(self, place: Any, on_host: dict[str, Any]) -> None:
+        shapes, addresses, memory = place
+        assert memory in self.engine.trt.cuda.mapped, "the scratch memory was freed"
+        feeds = {name: self._read(name, shapes, addresses) for name in shapes} | on_host
+        names = [output.name for output in self.session.get_outputs()]
+        for name, array in zip(names, self.session.run(names, feeds), strict=True):
+            ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
 
     def _read(self, name: str, shapes: dict[str, Any], addresses: dict[str, int]) -> Any:
         size = int(np.prod(shapes[name])) * self.types[name].itemsize
@@ -184,13 +246,42 @@ class FakeContext:
         return np.frombuffer(data, self.types[name]).reshape(shapes[name])
 
 
-def add_engines(bundle: Path, **made_of: str) -> None:
-    """Put engines for TARGET into a bundle, each a file that names the stage's graph."""
+def replay(
+    reference: weakref.ref[FakeContext], place: Any, on_host: dict[str, Any], sizes: dict[str, int]
+) -> None:
+    """What was captured of a context, which must be as it was then: else it computes anything."""
+    context = reference()
+    if context is not None and context._place() == place:
+        context._compute(place, on_host)
+    else:
+        for name, size in sizes.items():
+            ctypes.memset(place[1][name], JUNK, size)
+
+
+class Machine:
+    """A machine with a GPU, TensorRT and TensorRT for RTX; `trt` is the one of `target`'s engines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, target: str = TARGET, **options: Any) -> None:
+        self._patch = monkeypatch
+        self.cuda = FakeCuda()
+        rtx = target == TARGET
+        self.trt: Any = (FakeRtx if rtx else FakeTensorRt)(self.cuda, **options)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", self.cuda)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", SimpleNamespace(cuuint64_t=int))
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx" if rtx else "tensorrt", self.trt)
+        self.has(CAPABILITY)
+
+    def has(self, capability: str | None) -> None:
+        for module in (compatibility, stage_runners):
+            self._patch.setattr(module, "machine_capability", lambda: capability)
+
+
+def add_engines(bundle: Path, target: str = TARGET, **made_of: str) -> None:
+    """Put engines for a target into a bundle, each a file that names the stage's graph."""
     opened = Bundle.open(bundle)
     manifest = json.loads((bundle / MANIFEST).read_text())
-    made_of = {
-        "runtime": "TensorRT-RTX", "version": VERSION, "compute capability": CAPABILITY, **made_of
-    }  # fmt: skip
+    runtime = "TensorRT-RTX" if target == TARGET else "TensorRT"
+    made_of = {"runtime": runtime, "version": VERSION, "compute capability": CAPABILITY, **made_of}
     engines = {}
     (bundle / "engines").mkdir()
     for name, stage in opened.stages.items():
@@ -199,5 +290,5 @@ def add_engines(bundle: Path, **made_of: str) -> None:
         manifest["files"][file] = file_entry(bundle / file)
         entry = EngineEntry(file, stage.spec, made_of, None, None, None, 0, 0.0)
         engines[name] = {**vars(entry), "spec": stage.spec.to_dict()}
-    manifest["engines"] = {TARGET: engines}
+    manifest["engines"] = {target: engines}
     (bundle / MANIFEST).write_text(json.dumps(manifest))

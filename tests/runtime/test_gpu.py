@@ -16,9 +16,8 @@ import pytest
 
 import nova_export
 from nova_export.bundle import MANIFEST, Bundle
-from nova_export.engine import compatibility, flavour
+from nova_export.engine import flavour
 from nova_export.errors import BundleError, DependencyError, StageError, UsageError
-from nova_export.runtime import stage_runners
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.device_array import DeviceArray
 from nova_export.runtime.ort_cuda import OrtCudaRunner
@@ -26,7 +25,7 @@ from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.stage_runners import choose_device
 from nova_export.stages import cache_names
-from tests.runtime.fake_gpu import CAPABILITY, TARGET, FakeCuda, FakeTensorRt, add_engines
+from tests.runtime.fake_gpu import CAPABILITY, TARGET, Machine, add_engines
 
 CALL = {
     "prompt": "a red circle moving right",
@@ -37,29 +36,17 @@ CALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOVA_EXPORT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def bundle(golden_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
     """A bundle with engines, which the fakes can run."""
     path = Path(shutil.copytree(golden_bundle("t2v"), tmp_path / "bundle"))
     add_engines(path)
     return path
-
-
-class Machine:
-    """A machine with a GPU."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-        self._patch = monkeypatch
-        self.cuda = FakeCuda()
-        self.trt = FakeTensorRt(self.cuda, **options)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", self.cuda)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", SimpleNamespace(cuuint64_t=int))
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", self.trt)
-        self.has(CAPABILITY)
-
-    def has(self, capability: str | None) -> None:
-        for module in (compatibility, stage_runners):
-            self._patch.setattr(module, "machine_capability", lambda: capability)
 
 
 @pytest.fixture
