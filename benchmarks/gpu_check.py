@@ -3,8 +3,8 @@
 Builds the checkpoint (the demo if none is given) in fp32 and in fp16, compiles engines for the GPU of the
 machine with every TensorRT that is installed, and prints a JSON line for each thing that it tried: what the
 machine is, parity of every stage and of whole videos with the fp32 graphs on the CPU, times against PyTorch
-in float16, eager and compiled, and what the GPU's own bandwidth and arithmetic allow. What fails is a line
-too, and the others go on. Without a GPU it says so and ends.
+in float16, eager and compiled, those of engines also without CUDA graphs, and what the GPU's own bandwidth
+and arithmetic allow. What fails is a line too, and the others go on. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def main(arguments: Sequence[str]) -> None:
         attempt("build fp16", "build", checkpoint, "-o", half, "--target", "cuda", "--precision", "fp16")
         for device in ("cuda", *compiled(half)):
             attempt(f"{device}: parity", "verify", half, "--against", exact, "--device", device, "--json")
-            for compile_too in ("--no-compile", "--compile"):  # the second may fail where the first does not
-                timed = ("bench", half, "--against", checkpoint, "--device", device, compile_too, "--json")
-                attempt(f"{device}: times {compile_too[2:]}", *timed, "--num-inference-steps", "64")
+            how = ["--no-compile", "--compile"]  # the second may fail where the first does not
+            for option in how if device == "cuda" else [*how, "--no-cuda-graphs"]:
+                timed = ("bench", half, "--against", checkpoint, "--device", device, option, "--json")
+                attempt(f"{device}: times {option[2:]}", *timed, "--num-inference-steps", "64")
 
 
 def compiled(bundle: Path) -> Iterator[str]:

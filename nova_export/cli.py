@@ -20,6 +20,7 @@ from nova_export.cli_eval import evaluate
 from nova_export.cli_options import (
     build_with_progress,
     bundle_or_demo,
+    cuda_graphs_option,
     device_option,
     exporter,
     generation_options,
@@ -162,6 +163,7 @@ def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
 @threads_option
 @low_memory_option
 @vae_tile_option
+@cuda_graphs_option
 @quiet_option
 @json_option
 def run(
@@ -175,6 +177,7 @@ def run(
     threads: int,
     low_memory: bool,
     vae_tile: int | None,
+    cuda_graphs: bool,
     quiet: bool,
     as_json: bool,
     **arguments: Any,
@@ -198,6 +201,7 @@ def run(
         threads=threads,
         low_memory=low_memory,
         vae_tile=vae_tile,
+        cuda_graphs=cuda_graphs,
     )
     if from_latents is not None:
         output = _decode(pipe, from_latents, prompt)
@@ -300,6 +304,7 @@ def inspect(bundle: Path, check: bool, engines: bool, quiet: bool, as_json: bool
 @click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda, or a target that BUNDLE has engines for."
 )
+@cuda_graphs_option
 @quiet_option
 @json_option
 def bench(

@@ -44,6 +44,11 @@ vae_tile_option = click.option(
     "--vae-tile", type=click.IntRange(min=2), metavar="LATENTS",
     help="Decode squares of so many latents a side, blended: less memory, not exact. Off if not given.",
 )  # fmt: skip
+cuda_graphs_option = click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=True,
+    help="Engines launch the kernels of an AR step at once, where one of its shape was seen before.",
+)
 prompts_option = click.option(
     "--prompts",
     type=click.Path(path_type=Path),

@@ -63,6 +63,10 @@ def test_what_fails_is_a_line_and_the_others_go_on(
     assert found["tensorrt-rtx: parity"]["result"] == {"of": "verify"}
     assert "result" in found["tensorrt-rtx: times no-compile"]
     assert "error" in found["tensorrt-rtx: times compile"]
+    assert "result" in found["tensorrt-rtx: times no-cuda-graphs"]
+    assert "cuda: times no-cuda-graphs" not in found  # those of engines alone
+    without = [words for words in called if "--no-cuda-graphs" in words]
+    assert [words[words.index("--device") + 1] for words in without] == ["tensorrt-rtx"]
     assert "not_there" in found["tensorrt: engines"]["skipped"]
     assert not any("tensorrt" in words for words in called)
     assert set(FLAVOURS) == {"tensorrt-rtx", "tensorrt"}  # the script takes them all

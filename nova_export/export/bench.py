@@ -48,8 +48,8 @@ class Options:
     sizes: axis name -> size, such as predicted, next, steps, rows; the other axes as their spec is tuned.
     stages: None for all. arguments: of the end-to-end call, over one image of AR_STEPS steps.
     budget: seconds for the timed runs of one stage, and of end to end; each contender has two runs at least,
-    one of them not counted. threads: 0 leaves their number to each library. device: as of `StageRunners`;
-    memory is measured on the CPU alone.
+    one of them not counted. threads: 0 leaves their number to each library. device, cuda_graphs: as of
+    `StageRunners`; memory is measured on the CPU alone.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -60,6 +60,7 @@ class Options:
     budget: float = 60.0
     threads: int = 0
     device: str = "cpu"
+    cuda_graphs: bool = True
     compile: bool = False
     memory: bool = True
 
@@ -111,7 +112,8 @@ def _time_forms(
     kinds = [kind for kind in subject.kinds if kind != "compiled" or options.compile]
     notes = []
     report(subject.stage.name, "loading")
-    with contenders(kinds, subject, subject.inputs(), options.threads, options.device) as runs:
+    inputs, where = subject.inputs(), (options.threads, options.device, options.cuda_graphs)
+    with contenders(kinds, subject, inputs, *where) as runs:
         for kind, run in list(runs.items()):
             try:
                 run()  # not counted: the first run allocates, and compiles
@@ -131,7 +133,8 @@ def bench_end_to_end(
     """A whole call, prompt to frames, by the bundle and by the published pipeline; calls of an AR step."""
     arguments = {**call_arguments(bundle.config), **options.arguments}
     report("end to end", "loading")
-    counter = CountingStages(StageRunners(bundle, options.device, options.threads))
+    runners = StageRunners(bundle, options.device, options.threads, cuda_graphs=options.cuda_graphs)
+    counter = CountingStages(runners)
     pipeline = Pipeline.over(bundle, counter, counter.stages.close)
     calls = {"onnx": _per_step(pipeline, arguments, counter)}
     runs: dict[str, Run] = {"onnx": lambda: pipeline(**arguments)}

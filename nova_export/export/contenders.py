@@ -109,16 +109,17 @@ def contenders(
     inputs: Mapping[str, Array],
     threads: int = 0,
     device: str = "cpu",
+    cuda_graphs: bool = True,
 ) -> Iterator[dict[str, Run]]:
     """These forms of the stage, loaded; at the end their weights are freed. Those in torch share one module.
 
-    threads 0: as many as each library likes. device: as of `StageRunners`.
+    threads 0: as many as each library likes. device, cuda_graphs: as of `StageRunners`.
     """
     bundle, stage = subject.bundle, subject.stage
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
         if "onnx" in kinds:
-            runners = StageRunners(bundle, device, threads)
+            runners = StageRunners(bundle, device, threads, cuda_graphs=cuda_graphs)
             stack.callback(runners.close)
             runs["onnx"] = on_runner(runners(stage.name), inputs)
         if in_torch := [kind for kind in kinds if kind != "onnx"]:

@@ -1,8 +1,8 @@
 """A tile decoded layer by layer, frame by frame: runs what reference_model/vae/lean.py cuts the decoder into.
 
 A tensor of the last blocks takes gigabytes, and a decoder in one graph holds several. Here the frames of a
-layer stand apart, and are freed as soon as those of the next are made of them. On a GPU that is too small even
-for these, they wait in the machine's own memory.
+layer stand apart, and are freed as soon as those of the next are made of them. They can wait in the machine's
+own memory, for a GPU that is too small even for these.
 """
 
 from __future__ import annotations
