@@ -49,12 +49,15 @@ class Ranges:
             if value.dtype == ir.DataType.FLOAT
         }
         graph = (proto := ir.to_proto(model)).graph
-        del graph.output[:]
-        for value in self.largest:
-            for operator in ("ReduceMax", "ReduceMin"):
-                end = f"{operator}/{value}"
-                graph.node.append(helper.make_node(operator, [value], [end], keepdims=0))
-                graph.output.append(helper.make_tensor_value_info(end, TensorProto.FLOAT, []))
+        nodes = list(graph.node)
+        del graph.output[:], graph.node[:]
+        for node in nodes:  # ends right behind what they are of, which can then go
+            graph.node.append(node)
+            for value in filter(self.largest.__contains__, node.output):
+                for operator in ("ReduceMax", "ReduceMin"):
+                    end = f"{operator}/{value}"
+                    graph.node.append(helper.make_node(operator, [value], [end], keepdims=0))
+                    graph.output.append(helper.make_tensor_value_info(end, TensorProto.FLOAT, []))
         self._session = _session(proto.SerializeToString(), folder, threads)
 
     def look(self, inputs: Mapping[str, Array]) -> None:
@@ -70,6 +73,8 @@ def _session(model: bytes, folder: Path, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # In the graph's order. By default what leads to an output comes last, and all values are held till then.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 import nova_export as package
 from nova_export.bundle import Bundle
+from nova_export.child import environment
 from nova_export.config import NovaConfig
 from nova_export.errors import ExportError
 from nova_export.evaluation.metrics import psnr
@@ -239,6 +242,37 @@ def test_ranges_are_those_of_the_values(tiny: Path) -> None:
     assert any(value == pytest.approx(linear) for value in ranges.largest.values())
     ranges.look({"x": x, "state": np.full((3, 8), np.inf, np.float32)})
     assert ranges.largest["y"] == math.inf
+
+
+DEEP = """
+import sys
+import numpy as np
+import onnx_ir as ir
+from onnx import helper, numpy_helper
+from pathlib import Path
+from nova_export.child import memory
+from nova_export.export.watch import Ranges
+
+names = ["x", *(f"y{i}" for i in range(40))]
+nodes = [helper.make_node("Tanh", [a], [b]) for a, b in zip(names, names[1:])]
+values = [helper.make_tensor_value_info(name, 1, ["rows", 1000]) for name in names]
+graph = helper.make_graph(nodes, "deep", values[:1], values[-1:], value_info=values[1:-1])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+ranges = Ranges(ir.from_proto(model), Path(), threads=1)
+x = np.ones((2500, 1000), np.float32)
+before = memory("VmHWM")
+ranges.look({"x": x})
+assert len(ranges.largest) == 40
+print((memory("VmHWM") - before) / x.nbytes)
+"""
+
+
+def test_ranges_hold_no_more_than_a_run_does() -> None:
+    """Forty values of 10 MB one after the other: two at a time, not all."""
+    done = subprocess.run(
+        [sys.executable, "-c", DEEP], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 10
 
 
 def test_without_that_the_gate_refuses(
