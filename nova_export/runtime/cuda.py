@@ -45,6 +45,11 @@ class Gpu:
         which = self._cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
         self._call("cudaMemPoolSetAttribute", pool, which, everything)
 
+    def free_memory(self) -> int:
+        """Bytes of the GPU's memory that nobody has."""
+        free, _ = self._call("cudaMemGetInfo")
+        return int(free)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         """Memory of its own, freed when nothing refers to it any more."""
         size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)  # empty ones need an address too
@@ -126,7 +131,7 @@ class Gpu:
             said = text.decode() if isinstance(text, bytes) else str(text)
             hint = ". Smaller batches, shorter videos, --low-memory and --vae-tile need less" if doing else ""
             raise StageError(f"CUDA failed {doing or f'in {name}'}: {said}{hint}")
-        return values[0] if values else None
+        return values[0] if len(values) == 1 else tuple(values)
 
 
 class Graph:

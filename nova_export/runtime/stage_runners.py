@@ -41,20 +41,32 @@ def choose_device(bundle: Bundle) -> str:
     raise BundleError("no engines of the bundle can run here: " + "; ".join(reasons.values()))
 
 
-def check_memory(bundle: Bundle, low_memory: bool) -> None:
-    """Whether the machine has memory for the weights alone. Raises MemoryShortage, before any are read."""
-    phases: dict[str, int] = {}
-    for stage in bundle.stages.values():
-        size = sum(bundle.files[path].size for path in stage.files)
-        phases[stage.spec.phase] = phases.get(stage.spec.phase, 0) + size
-    at_once, least = sum(phases.values()), max(phases.values())
-    there, needed = available_memory(), least if low_memory else at_once
+def check_memory(bundle: Bundle, device: str, low_memory: bool, there: int | None) -> None:
+    """Whether there is memory for what is known: weights, and the scratch memory that engines say they need.
+
+    there: bytes that are free; None where nobody knows. Raises MemoryShortage, before any weights are read.
+    """
+    weights: dict[str, int] = {}
+    scratch: dict[str, int] = {}
+    for name, stage in bundle.stages.items():
+        size, most = sum(bundle.files[path].size for path in stage.files), 0
+        if device not in PROVIDERS:
+            engine = bundle.engines[device][name]
+            size, most = engine.weight_bytes or 0, engine.activation_bytes or 0
+        phase = stage.spec.phase
+        weights[phase] = weights.get(phase, 0) + size
+        scratch[phase] = max(scratch.get(phase, 0), most)
+    at_once = sum(weights.values()) + max(scratch.values())
+    least = max(weights[phase] + scratch[phase] for phase in weights)
+    needed = least if low_memory else at_once
     if there is None or needed <= there:
         return
-    way = "build it in fp16 or int8"
+    way = "build it in fp16 or int8, or with --lean-decode"
     if least <= there and not low_memory:
         way = f"--low-memory needs {least / GB:.1f} GB"
-    sizes = f"its weights take {needed / GB:.1f} GB, and {there / GB:.1f} GB of memory are free"
+    takes = "its weights take" if device in PROVIDERS else "its engines take"
+    memory = "memory" if device in PROVIDERS else "the GPU's memory"
+    sizes = f"{takes} {needed / GB:.1f} GB, and {there / GB:.1f} GB of {memory} are free"
     raise MemoryShortage(f"{bundle.folder}: {sizes}; {way}")
 
 
@@ -78,7 +90,7 @@ class StageRunners:
         self.cuda_graphs = cuda_graphs and not low_memory
         self.device = device or choose_device(bundle)
         if self.device in PROVIDERS:
-            check_memory(bundle, low_memory)
+            check_memory(bundle, self.device, low_memory, available_memory())
         elif device:  # what was chosen has been checked
             if device not in bundle.engines:
                 there = ", ".join([*PROVIDERS, *bundle.engines])
@@ -120,7 +132,9 @@ class StageRunners:
         engine = self.bundle.engines[self.device][name]
         if not checked:
             self.bundle.check(engine.file)
-        self._gpu = self._gpu or Gpu()
+        if self._gpu is None:
+            self._gpu = Gpu()
+            check_memory(self.bundle, self.device, self.low_memory, self._gpu.free_memory())
         path = self.bundle.path(engine.file)
         if find(TARGETS, self.device).runtime == RtxRunner.runtime:
             kernels = kernel_file(self.bundle, engine)

@@ -47,6 +47,9 @@ class FakeCuda:
     def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:
         return 0, {2: b"out of memory", 900: b"not permitted in a capture"}.get(status, b"failed")
 
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, self.memory - sum(map(len, self.live.values())), self.memory
+
     def cudaGetLastError(self) -> tuple[int]:
         last, self.error = self.error, 0
         return (last,)

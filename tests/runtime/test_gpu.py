@@ -17,7 +17,7 @@ import pytest
 import nova_export
 from nova_export.bundle import MANIFEST, Bundle
 from nova_export.engine import flavour
-from nova_export.errors import BundleError, DependencyError, StageError, UsageError
+from nova_export.errors import BundleError, DependencyError, MemoryShortage, StageError, UsageError
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.device_array import DeviceArray
 from nova_export.runtime.ort_cuda import OrtCudaRunner
@@ -161,6 +161,37 @@ def test_too_little_memory_is_said_with_a_way_out(bundle: Path, machine: Machine
     machine.cuda.memory = 1 << 16
     with pytest.raises(StageError, match=r"allocating \d+ MiB: out of memory.*--low-memory"):
         nova_export.load(bundle)(**CALL)
+
+
+@pytest.mark.parametrize(
+    ("free", "low_memory", "words"),
+    [
+        (9, False, None),
+        (7, False, r"its engines take 8.0 GB, and 7.0 GB of the GPU's memory.*--low-memory needs 6.0 GB"),
+        (7, True, None),
+        (5, True, r"its engines take 6.0 GB, and 5.0 GB .*--lean-decode"),
+    ],
+)
+def test_engines_that_do_not_fit_are_not_loaded(
+    bundle: Path, machine: Machine, free: int, low_memory: bool, words: str | None
+) -> None:
+    """Weights of 1, 1 and 2 GB in three phases, and scratch of 4 GB that the last phase shares with all."""
+
+    def sized(manifest: dict[str, Any]) -> None:
+        engines = manifest["engines"][TARGET]
+        for name, weights in (("text_encoder", 1), ("spatial_encoder", 1), ("vae_decoder", 2)):
+            engines[name]["weight_bytes"] = weights * 10**9
+        engines["vae_decoder"]["activation_bytes"] = 4 * 10**9
+
+    edit(bundle, sized)
+    machine.cuda.memory = free * 10**9
+    pipe = nova_export.load(bundle, low_memory=low_memory)
+    if words is None:
+        pipe(**CALL)
+        return
+    with pytest.raises(MemoryShortage, match=words):
+        pipe(**CALL)
+    assert not machine.cuda.uploads
 
 
 # Arrays
