@@ -75,4 +75,4 @@ def partial(out: Path) -> Path:
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Build these stages alone."""
-    monkeypatch.setattr(build, "stages", lambda config: {name: stages(config)[name] for name in names})
+    monkeypatch.setattr(build, "stages", lambda config, **_: {name: stages(config)[name] for name in names})
