@@ -64,9 +64,10 @@ def check_memory(bundle: Bundle, device: str, low_memory: bool, there: int | Non
     way = "build it in fp16 or int8, or with --lean-decode"
     if least <= there and not low_memory:
         way = f"--low-memory needs {least / GB:.1f} GB"
-    takes = "its weights take" if device in PROVIDERS else "its engines take"
-    memory = "memory" if device in PROVIDERS else "the GPU's memory"
-    sizes = f"{takes} {needed / GB:.1f} GB, and {there / GB:.1f} GB of {memory} are free"
+    takes, free = f"{needed / GB:.1f} GB", f"{there / GB:.1f} GB"
+    sizes = f"its engines take {takes}, and {free} of the GPU's memory are free"
+    if device in PROVIDERS:
+        sizes = f"its weights take {takes}, and {free} of memory are free"
     raise MemoryShortage(f"{bundle.folder}: {sizes}; {way}")
 
 
