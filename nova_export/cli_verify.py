@@ -109,7 +109,14 @@ def bundle_side(bundle: Bundle, device: str | None, threads: int, low_memory: bo
 
     runners = StageRunners(bundle, device, threads, low_memory)
     stack.callback(runners.close)
-    return Side(str(bundle.folder), bundle.config, runners, bundle_tokenizer(bundle), bundle.lean_decode)
+    return Side(
+        str(bundle.folder),
+        bundle.config,
+        runners,
+        bundle_tokenizer(bundle),
+        bundle.lean_decode,
+        runners.vae_tile,
+    )
 
 
 def watched_sides(

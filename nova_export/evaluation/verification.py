@@ -45,6 +45,7 @@ class Side:
     """One of the two that are compared: a bundle's stages, or a checkpoint's, which needs no tokenizer.
 
     lean_decode: as in `stages`. Where only one of the two has it, decoders are compared by frames alone.
+    vae_tile: as in `decoder_of`; both decode as the tested side does.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Side:
     stage: StageGetter
     tokenizer: PromptTokenizer | None = None
     lean_decode: str | None = None
+    vae_tile: int | None = None
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,8 @@ def verify(
     def in_lockstep(name: str) -> Runner:
         return lockstep(name) if decodes_alike or not name.startswith(DECODER) else reference.stage(name)
 
-    both = _pipeline(reference, in_lockstep, tested.tokenizer)
-    alone = _pipeline(tested, tested.stage, tested.tokenizer)
+    both = _pipeline(reference, in_lockstep, tested)
+    alone = _pipeline(tested, tested.stage, tested)
     drift: dict[Place, Difference] = {}
     pairs = []
     for index, prompt in enumerate(prompts):
@@ -224,8 +226,10 @@ def verify(
     )
 
 
-def _pipeline(side: Side, stage: StageGetter, tokenizer: PromptTokenizer | None) -> Pipeline:
-    return Pipeline(side.config, stage, tokenizer, lean_decode=side.lean_decode)
+def _pipeline(side: Side, stage: StageGetter, tested: Side) -> Pipeline:
+    return Pipeline(
+        side.config, stage, tested.tokenizer, lean_decode=side.lean_decode, vae_tile=tested.vae_tile
+    )
 
 
 def scores(config: NovaConfig, pairs: Sequence[Pair]) -> tuple[Score, Score] | None:

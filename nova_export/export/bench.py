@@ -135,7 +135,7 @@ def bench_end_to_end(
     report("end to end", "loading")
     runners = StageRunners(bundle, options.device, options.threads, cuda_graphs=options.cuda_graphs)
     counter = CountingStages(runners)
-    pipeline = Pipeline.over(bundle, counter, counter.stages.close)
+    pipeline = Pipeline.over(bundle, counter, counter.stages.close, vae_tile=runners.vae_tile)
     calls = {"onnx": _per_step(pipeline, arguments, counter)}
     runs: dict[str, Run] = {"onnx": lambda: pipeline(**arguments)}
     if checkpoint is not None:

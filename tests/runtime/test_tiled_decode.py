@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +12,15 @@ import numpy as np
 import pytest
 
 import nova_export
+from nova_export.bundle import MANIFEST
 from nova_export.config import NovaConfig
 from nova_export.evaluation.metrics import psnr
 from nova_export.runtime.tiled_decode import OVERLAP, Floats, decode_in_tiles, starts
 from nova_export.stages import Limits, stages
+from tests.command_line import nova_export as command
 from tests.conftest import GOLDEN
+from tests.runtime.fake_gpu import TARGET, add_engines
+from tests.runtime.test_gpu import Machine
 
 SCALE = 8
 
@@ -64,6 +70,26 @@ def test_a_video_in_squares_is_nearly_the_same(golden_bundle: Callable[[str], Pa
     tiled = nova_export.load(path, device="cpu", vae_tile=8)("a red circle", **call)
     np.testing.assert_array_equal(tiled.latents, whole.latents)
     assert 20 < psnr(whole.frames[0], tiled.frames[0]).mean() < 60
+
+
+def test_engines_for_squares_are_run_so(
+    golden_bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without being told: what their limits are stands in the manifest."""
+    path = Path(shutil.copytree(golden_bundle("t2v"), tmp_path / "bundle"))
+    add_engines(path)
+    manifest = json.loads((path / MANIFEST).read_text())
+    for axis in manifest["engines"][TARGET]["vae_decoder"]["spec"]["axes"]:
+        if axis["name"] in ("latent_height", "latent_width"):
+            axis["max"] = axis["opt"] = 8
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    latents = np.random.default_rng(0).standard_normal((1, 4, 2, 8, 12), np.float32)
+    expected = nova_export.load(path, device="cpu", vae_tile=8).decode(latents)
+    Machine(monkeypatch)
+    np.testing.assert_array_equal(nova_export.load(path).decode(latents), expected)
+    options = ("--count", "1", "--num-inference-steps", "2", "--num-diffusion-steps", "2", "-q")
+    verified = command("verify", path, "--against", golden_bundle("t2v"), "--device", TARGET, *options)
+    assert verified.code == 0, verified.err
 
 
 def test_engines_can_be_limited_to_squares() -> None:
