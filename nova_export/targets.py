@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nova_export.errors import UsageError
+from nova_export.lean_stages import GIVEN
 from nova_export.spec import Stage
 from nova_export.toml_file import read_toml
 
@@ -116,7 +117,7 @@ FLOAT_INPUTS: Mapping[str, frozenset[str]] = {
         | {"step_renorm", "rest", "step_rest_noise"}
     ),
 }
-STATISTICS = frozenset({"mean", "variance"})  # of norms, between the pieces of a lean decode
+STATISTICS = frozenset(tensor.name for tensor in GIVEN)  # of norms, between the pieces of a lean decode
 
 
 def _gpu_targets() -> Iterator[Target]:

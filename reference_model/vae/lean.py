@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nova_export.lean_stages import LEAN_BLOCKS
+from nova_export.lean_stages import GROUPS, LEAN_BLOCKS
 from reference_model.vae import COMMON, Config, VaeDecoder
 from reference_model.vae.autoencoder_kl import Decoder
 from reference_model.vae.blocks import CausalConv3d, batch_frames, resize_frames
@@ -160,6 +160,6 @@ def over_taps(conv: CausalConv3d, x: Tensor) -> Tensor:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (32,) of the groups of a group norm: x (1, C, ...)."""
-    x = x.float().unflatten(1, (32, -1)).flatten(2)
+    x = x.float().unflatten(1, (GROUPS, -1)).flatten(2)
     mean = x.mean(dim=2, keepdim=True)
     return mean.flatten(), (x - mean).square().mean(dim=2).flatten()

@@ -20,6 +20,13 @@ from nova_export.runtime import stage_runners
 from tests.runtime.fake_cuda import JUNK, FakeCuda, Work
 
 VERSION, CAPABILITY, TARGET = "1.2.3", "8.9", "rtx-40"
+FOUR_FRAMES = {  # a call in which each shape of an AR step comes four times
+    "prompt": "a red circle moving right",
+    "max_latent_length": 4,
+    "num_inference_steps": 3,
+    "num_diffusion_steps": 2,
+    "seed": 3,
+}
 
 
 class FakeTensorRt:

@@ -20,16 +20,9 @@ from nova_export.runtime import cuda_graph
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.runner import Array, OrtRunner
 from nova_export.runtime.tensorrt import TensorRtRunner
-from tests.runtime.fake_gpu import Machine, add_engines
+from tests.runtime.fake_gpu import FOUR_FRAMES, Machine, add_engines
 
 TARGET = "tensorrt"
-CALL = {
-    "prompt": "a red circle moving right",
-    "max_latent_length": 4,
-    "num_inference_steps": 3,
-    "num_diffusion_steps": 2,
-    "seed": 3,
-}
 
 
 @pytest.fixture
@@ -92,7 +85,11 @@ def opened(golden_bundle: Callable[[str], Path], tmp_path: Path, machine: Machin
 @pytest.mark.parametrize("options", [{}, {"aliases": True}, {"capturable": True}], ids=str)
 def test_videos_are_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     machine = Machine(monkeypatch, TARGET, **options)
-    calls = [CALL, {**CALL, "max_latent_length": 2, "seed": 4}, {**CALL, "num_inference_steps": 2}]
+    calls = [
+        FOUR_FRAMES,
+        {**FOUR_FRAMES, "max_latent_length": 2, "seed": 4},
+        {**FOUR_FRAMES, "num_inference_steps": 2},
+    ]
     expected = [nova_export.load(bundle, device="cpu")(**call) for call in calls]
     with nova_export.load(bundle) as pipe:
         for call, reference in zip(calls, expected, strict=True):
@@ -109,8 +106,8 @@ def test_videos_are_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch, opti
 
 @pytest.mark.parametrize("options", [{"cuda_graphs": False}, {"low_memory": True}], ids=str)
 def test_without_graphs(bundle: Path, machine: Machine, options: dict[str, bool]) -> None:
-    expected = nova_export.load(bundle, device="cpu")(**CALL)
-    actual = nova_export.load(bundle, **options)(**CALL)  # type: ignore[arg-type]
+    expected = nova_export.load(bundle, device="cpu")(**FOUR_FRAMES)
+    actual = nova_export.load(bundle, **options)(**FOUR_FRAMES)  # type: ignore[arg-type]
     np.testing.assert_array_equal(actual.latents, expected.latents)
     assert machine.cuda.begun == 0
 

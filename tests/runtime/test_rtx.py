@@ -14,15 +14,7 @@ import pytest
 import nova_export
 from nova_export.bundle import Bundle
 from nova_export.runtime.stage_runners import kernel_file
-from tests.runtime.fake_gpu import TARGET, Machine, add_engines
-
-CALL = {
-    "prompt": "a red circle moving right",
-    "max_latent_length": 4,
-    "num_inference_steps": 3,
-    "num_diffusion_steps": 2,
-    "seed": 3,
-}
+from tests.runtime.fake_gpu import FOUR_FRAMES, TARGET, Machine, add_engines
 
 
 @pytest.fixture
@@ -45,9 +37,9 @@ def bundle(golden_bundle: Callable[[str], Path], tmp_path: Path, cache: Path) ->
 
 def run(bundle: Path, **options: bool) -> None:
     """One video, as on the CPU."""
-    expected = nova_export.load(bundle, device="cpu")(**CALL)
+    expected = nova_export.load(bundle, device="cpu")(**FOUR_FRAMES)
     with nova_export.load(bundle, **options) as pipe:  # type: ignore[arg-type]
-        np.testing.assert_array_equal(pipe(**CALL).latents, expected.latents)
+        np.testing.assert_array_equal(pipe(**FOUR_FRAMES).latents, expected.latents)
 
 
 # CUDA graphs
@@ -55,13 +47,13 @@ def run(bundle: Path, **options: bool) -> None:
 
 def test_a_shape_runs_in_the_same_place_each_time(bundle: Path, machine: Machine) -> None:
     """Else TensorRT-RTX would capture it again; and it does so where shapes take turns in one context."""
-    expected = nova_export.load(bundle, device="cpu")(**CALL)
+    expected = nova_export.load(bundle, device="cpu")(**FOUR_FRAMES)
     with nova_export.load(bundle) as pipe:
         for _ in range(2):
-            np.testing.assert_array_equal(pipe(**CALL).latents, expected.latents)
+            np.testing.assert_array_equal(pipe(**FOUR_FRAMES).latents, expected.latents)
         captures, replays = machine.trt.captures, machine.trt.replays
         for _ in range(2):
-            np.testing.assert_array_equal(pipe(**CALL).latents, expected.latents)
+            np.testing.assert_array_equal(pipe(**FOUR_FRAMES).latents, expected.latents)
         assert machine.trt.captures == captures > 0
         assert machine.trt.replays == replays + 2 * 4 * 3 * 2  # videos, frames, AR steps, stages
     assert machine.cuda.begun == 0  # it would be a capture in a capture
@@ -95,7 +87,7 @@ def test_a_shape_is_compiled_once(bundle: Path, machine: Machine) -> None:
 
 def test_kernels_are_kept_though_nobody_closes(bundle: Path, machine: Machine, cache: Path) -> None:
     pipe = nova_export.load(bundle)
-    pipe(**CALL)
+    pipe(**FOUR_FRAMES)
     del pipe
     gc.collect()
     assert list((cache / "kernels").iterdir())
