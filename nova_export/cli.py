@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from nova_export import __version__
+from nova_export.cli_batch import batch
 from nova_export.cli_calibrate import calibrate
 from nova_export.cli_doctor import doctor
 from nova_export.cli_engines import engines as engines_command
@@ -341,6 +342,7 @@ def _size(text: str) -> tuple[str, int]:
     return name, int(size)
 
 
+cli.add_command(batch)
 cli.add_command(calibrate)
 cli.add_command(doctor)
 cli.add_command(engines_command)

@@ -66,6 +66,12 @@ class MemoryShortage(NovaExportError):
     exit_code = 10
 
 
+class BatchError(NovaExportError):
+    """Some results of a batch could not be made. All others are there."""
+
+    exit_code = 11
+
+
 class Cancelled(NovaExportError):
     """The caller's callback, or Ctrl-C, stopped the work. Nothing was written."""
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 from nova_export.runtime.generate import Step
 
 LINE_SECONDS = 10.0  # between plain lines of the same work
+
+Report = Callable[[float], object]  # prompts done so far, the current one in part
 
 
 class GenerationProgress:
@@ -57,6 +59,15 @@ class GenerationProgress:
         steps.update(1)
         if step.is_last:
             frames.update(step.frame + 1 - frames.n)
+
+
+def call_progress(report: Report, before: float, size: float) -> Callable[[Step], None]:
+    """A callback for a call of `size` prompts, made when `before` were done."""
+
+    def callback(step: Step) -> None:
+        report(before + size * (step.frame + (step.step + 1) / step.num_steps) / step.num_frames)
+
+    return callback
 
 
 class StageProgress:

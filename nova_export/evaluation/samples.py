@@ -11,12 +11,14 @@ videos from any one entry of the folder, so nothing else is written there.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nova_export.errors import InputError, OutputError, UsageError
-from nova_export.evaluation.shapes_eval import Report, Source, call_progress
+from nova_export.evaluation.shapes_eval import Source
+from nova_export.progress import Report, call_progress
 from nova_export.runtime.media import save_frames, write_whole
 from nova_export.runtime.request import FPS
 
@@ -53,18 +55,11 @@ def read_tasks(prompts: Path, out: Path, count: int | None = None) -> list[Task]
 
     Raises InputError for a file of another form, or a prompt that cannot be a file name.
     """
-    try:
-        text = prompts.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts from {prompts}: {error}") from error
     match prompts.suffix.lower():
         case ".jsonl":
-            tasks = _geneval(text, prompts, out, count or GENEVAL_SAMPLES)
-        case ".json":
-            tasks = _vbench(_full_info(text, prompts), out, count or VBENCH_SAMPLES)
-        case ".txt":
-            lines = (line.strip() for line in text.splitlines())
-            tasks = _vbench([line for line in lines if line], out, count or VBENCH_SAMPLES)
+            tasks = _geneval(prompts, out, count or GENEVAL_SAMPLES)
+        case ".json" | ".txt":
+            tasks = _vbench(vbench_prompts(prompts), out, count or VBENCH_SAMPLES)
         case suffix:
             raise InputError(
                 f"{prompts} ends in {suffix!r}: .jsonl is read as GenEval's metadata, .txt as a prompt a "
@@ -113,11 +108,32 @@ def write_samples(
     return Written(sum(len(task.files) for task in tasks) - kept, kept)
 
 
-def _geneval(text: str, prompts: Path, out: Path, count: int) -> list[Task]:
+def json_lines(prompts: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a .jsonl file that are not blank, with their numbers."""
+    for number, line in enumerate(_read(prompts).split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def vbench_prompts(prompts: Path) -> list[str]:
+    """The different prompts of a .txt file, one a line, or of a .json as VBench's full info."""
+    if prompts.suffix.lower() == ".json":
+        return list(dict.fromkeys(_full_info(_read(prompts), prompts)))
+    lines = (line.strip() for line in _read(prompts).splitlines())
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+def _read(prompts: Path) -> str:
+    try:
+        return prompts.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read prompts from {prompts}: {error}") from error
+
+
+def _geneval(prompts: Path, out: Path, count: int) -> list[Task]:
     tasks = []
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for place, (number, line) in enumerate(lines):
-        prompt = _field(_json(line, f"{prompts}, line {number}"), "prompt", f"{prompts}, line {number}")
+    for place, (number, line) in enumerate(json_lines(prompts)):
+        prompt = _field(parse_json(line, f"{prompts}, line {number}"), "prompt", f"{prompts}, line {number}")
         folder = out / f"{place:05}"
         files = tuple(folder / "samples" / f"{index:05}.png" for index in range(count))
         tasks.append(Task(prompt, files, (folder / "metadata.jsonl", line.strip() + "\n")))
@@ -125,7 +141,7 @@ def _geneval(text: str, prompts: Path, out: Path, count: int) -> list[Task]:
 
 
 def _full_info(text: str, prompts: Path) -> list[str]:
-    entries = _json(text, str(prompts))
+    entries = parse_json(text, str(prompts))
     if not isinstance(entries, list):
         raise InputError(f'{prompts}: VBench\'s full info is a list of {{"prompt_en": …}}')
     return [_field(entry, "prompt_en", f"{prompts}, entry {place}") for place, entry in enumerate(entries)]
@@ -134,29 +150,34 @@ def _full_info(text: str, prompts: Path) -> list[str]:
 def _vbench(prompts: list[str], out: Path, count: int) -> list[Task]:
     """One task for each different prompt: a prompt that several dimensions share is one set of files."""
     return [
-        Task(prompt, tuple(out / _video_name(prompt, index) for index in range(count)))
-        for prompt in dict.fromkeys(prompts)
+        Task(prompt, tuple(out / sample_name(prompt, index, ".mp4") for index in range(count)))
+        for prompt in prompts
     ]
 
 
-def _video_name(prompt: str, index: int) -> str:
-    """VBench finds a video by its prompt, word for word, so a name that cannot be is refused, not mended."""
-    name = f"{prompt}-{index}.mp4"
-    bad = sorted({letter for letter in prompt if letter in "/\\" or ord(letter) < 32})
+def sample_name(text: str, index: int | None, suffix: str, what: str = "prompt") -> str:
+    """The file of a sample: the text as it is, the index if there is one, and the suffix.
+
+    VBench finds a video by its prompt, word for word, so a name that cannot be is refused, not mended.
+    what: the text is, for the message.
+    """
+    name = text + ("" if index is None else f"-{index}") + suffix
+    bad = sorted({letter for letter in text if letter in "/\\" or ord(letter) < 32})
     if bad:
-        raise InputError(f"prompt {prompt!r} has {bad[0]!r}, which cannot stand in the name of its video")
+        raise InputError(f"{what} {text!r} has {bad[0]!r}, which cannot stand in the name of its file")
     size = len(name.encode("utf-8", "surrogatepass"))
     if size > MAX_NAME:
         raise InputError(
-            f"prompt {prompt[:60]!r}… makes a file name of {size} bytes; {MAX_NAME} is the most: shorten it"
+            f"{what} {text[:60]!r}… makes a file name of {size} bytes; {MAX_NAME} is the most: shorten it"
         )
     return name
 
 
-def _json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """Raises InputError that says where."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}") from error
 
 

@@ -33,6 +33,7 @@ from nova_export.evaluation.scene import (
     visible_backgrounds,
 )
 from nova_export.evaluation.vision import Frames, look, motion_of
+from nova_export.progress import Report, call_progress
 from nova_export.runtime.generate import Step
 from nova_export.runtime.pipeline import Output
 from nova_export.tables import markdown
@@ -47,7 +48,6 @@ STRIDE = 233  # of the list's order; the one under which any first part of it is
 BATCH = 16  # prompts of one call; noise depends on it, so it is fixed
 
 Checks = dict[str, bool]
-Report = Callable[[float], object]  # prompts done so far, the current one in part
 
 
 class Source(Protocol):
@@ -214,15 +214,6 @@ def _batches(items: Sequence[Item]) -> Iterator[list[int]]:
         places = [place for place, item in enumerate(items) if (item.scene.motion is None) is still]
         for start in range(0, len(places), BATCH):
             yield places[start : start + BATCH]
-
-
-def call_progress(report: Report, before: float, size: float) -> Callable[[Step], None]:
-    """A callback for a call of `size` prompts, made when `before` were done."""
-
-    def callback(step: Step) -> None:
-        report(before + size * (step.frame + (step.step + 1) / step.num_steps) / step.num_frames)
-
-    return callback
 
 
 # The score

@@ -49,7 +49,7 @@ def check_writable(path: str | Path, suffixes: Collection[str] = SUFFIXES) -> No
         probe.open("xb").close()
         probe.unlink()
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
 
 
 def save_frames(path: str | Path, frames: Frames, fps: float = 12) -> None:
@@ -197,6 +197,12 @@ def _sibling(path: Path) -> Path:
     return path.with_name(f".nova-export-{uuid4().hex[:12]}.tmp")
 
 
+def drop_unfinished(folder: Path) -> None:
+    """Remove what killed processes left in a folder that nobody else writes to now. Raises OSError."""
+    for path in folder.glob(".nova-export-*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a hidden sibling, then give it its name. On any failure the sibling goes.
 
@@ -207,13 +213,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
+def output_error(path: Path, error: OSError) -> OutputError:
+    """Why a file could not be written, and what to do."""
     folder = path.absolute().parent
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist; create it first"
