@@ -9,7 +9,6 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -42,7 +41,7 @@ class Actor:
 
 @dataclass
 class RayPool:
-    """Actors on the cluster at an address; use it in a `with` block, which connects.
+    """Actors on the cluster at an address; use it in a `with` block, which connects if nobody has.
 
     gpus: whether each actor takes a GPU; None is for the cluster to say, which may have none. Without, each
     takes `threads` CPU cores: if 0, its share of them, or one where `workers` is not told either. memory:
@@ -55,15 +54,17 @@ class RayPool:
     memory: int = 0
     workers: int | None = None
     _ray: Any = field(default=None, init=False, repr=False)
+    _connected: bool = field(default=False, init=False, repr=False)
 
     def __enter__(self) -> RayPool:
-        self._ray = _connect(self.address)
+        self._ray, self._connected = _connect(self.address)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ray.shutdown()
+        if self._connected:
+            self._ray.shutdown()
 
     def results(self, worker: Worker, items: Sequence[Item], report: Report) -> Iterator[Made]:
         """As in `Pool`: a loop over what actors finish, until every item is made or has failed."""
@@ -77,8 +78,8 @@ class RayPool:
         left = len(items)
         while left:
             while queue and idle:
-                actor = idle.pop(0)
-                running[actor.make.remote(queue[0])] = actor, queue.popleft()
+                next_actor, next_item = idle.pop(0), queue.popleft()
+                running[next_actor.make.remote(next_item)] = next_actor, next_item
             [reference], _ = ray.wait(list(running), num_returns=1)
             actor, item = running.pop(reference)
             made: Result | Failure
@@ -129,7 +130,7 @@ class RayPool:
 
 
 def _open(actor: Any, threads: int) -> Any:
-    """Its reference. With retries, for without any Ray refuses calls of an actor that it is starting again."""
+    """Its reference. With retries: without any, Ray refuses calls of an actor that it is starting again."""
     return actor.open.options(max_task_retries=DEATHS - 1).remote(threads)
 
 
@@ -142,8 +143,8 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def _connect(address: str) -> Any:
-    """The ray module, connected. Raises DependencyError, UsageError."""
+def _connect(address: str) -> tuple[Any, bool]:
+    """The ray module, and whether this connected it. Raises DependencyError, UsageError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -151,16 +152,18 @@ def _connect(address: str) -> Any:
         raise DependencyError(
             f"--ray needs Ray, which is not installed ({error}): pip install 'nova-export[ray]'"
         ) from error
+    if ray.is_initialized():
+        return ray, False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         ray.init(address=LOCAL, include_dashboard=False, object_store_memory=OBJECT_STORE, **options)
-        return ray
+        return ray, True
     _check_address(address)
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(f"--ray {address}: cannot connect ({error}); --ray local starts one here") from error
-    return ray
+    return ray, True
 
 
 def _check_address(address: str) -> None:
@@ -169,9 +172,9 @@ def _check_address(address: str) -> None:
     if address == "auto":
         return
     try:
-        with suppress(OverflowError), socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
-            return
-    except ValueError:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        return
+    except (ValueError, OverflowError):
         reason = "it must be local, auto, HOST:PORT or ray://HOST:PORT"
     except OSError as error:
         reason = f"nobody answers there ({error.strerror or error}); --ray local starts one here"
