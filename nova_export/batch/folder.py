@@ -83,7 +83,7 @@ def open_folder(path: Path, settings: Mapping[str, Any]) -> Iterator[Folder]:
         try:
             if path.is_dir() and not (path / SETTINGS).exists() and any(path.iterdir()):
                 raise OutputError(f"{path}: holds files, but is no folder of a batch; choose another --out")
-            (path / SAMPLES).mkdir(parents=True, exist_ok=True)
+            _make(path / SAMPLES)
             _lock(path, stack.enter_context((path / LOCK).open("w")))
             _check_settings(path, settings)
             drop_unfinished(path / SAMPLES)
@@ -99,6 +99,13 @@ def open_folder(path: Path, settings: Mapping[str, Any]) -> Iterator[Folder]:
         finally:
             with suppress(OSError):
                 drop_unfinished(path / SAMPLES)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
 
 
 def _lock(path: Path, file: IO[str]) -> None:

@@ -100,8 +100,8 @@ def test_two_at_once(tmp_path: Path) -> None:
 def test_folders_that_are_none_of_a_batch(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(tmp_path, OutputError, "is no folder of a batch")
-    refused(tmp_path / "file", OutputError, "is not a folder")
-    refused(tmp_path / "file" / "in", OutputError, "is not a folder")
+    refused(tmp_path / "file", OutputError, "file/samples: cannot be made (Not a directory); choose another")
+    refused(tmp_path / "file" / "in", OutputError, "cannot be made (Not a directory)")
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"file": 3}', '{"file": "samples/a"}', "3"])

@@ -104,7 +104,7 @@ def test_cores_are_shared(tmp_path: Path) -> None:
 def test_failures_stop_no_others_but_a_full_disk_does(tmp_path: Path) -> None:
     assert make(tmp_path / "own", "wrong", "a") == ["error: line 1, seed 1: no such thing"]
     once_each(tmp_path / "own", "a-2")
-    with pytest.raises(OutputError, match="^no space left$"):
+    with pytest.raises(OutputError, match=r"^no space left$"):
         make(tmp_path / "all", "a", "full disk", "b", workers=1)
     once_each(tmp_path / "all", "a-1")
 
