@@ -1,6 +1,8 @@
 """A pool of Ray actors, each with a worker of its own: one a GPU, or a share of the CPU cores each.
 
-Ray restarts an actor that died; its item goes to the next one that is free, and after DEATHS it has failed.
+A new actor takes the place of one that died, and its item goes to the next that is free; after DEATHS it has
+failed. Ray's own restarts do not serve here: they retry on the same actor or not at all, and a call of one that
+is being restarted fails as if it had died again.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -32,7 +34,6 @@ class Actor:
         self.worker = worker
 
     def open(self, threads: int) -> None:
-        """Also after Ray started it again, when nothing of before is left."""
         self.worker.open(threads)
 
     def make(self, item: Item) -> Result | Failure:
@@ -69,17 +70,22 @@ class RayPool:
     def results(self, worker: Worker, items: Sequence[Item], report: Report) -> Iterator[Made]:
         """As in `Pool`: a loop over what actors finish, until every item is made or has failed."""
         ray = self._ray
-        queue, deaths = deque(items), Counter[str]()
+        share = self._share(worker)
+        queue, deaths = deque(items), Counter[str | None]()  # by name; None: before the first item
         idle: list[Any] = []
         running: dict[Any, tuple[Any, Item | None]] = {}  # by Ray's reference; no item: an actor gets ready
-        actors, threads = self._start(worker, len(items))
-        for actor in actors:
-            running[_open(actor, threads)] = actor, None
+
+        def start() -> None:
+            actor = share.start()
+            running[actor.open.remote(share.threads)] = actor, None
+
+        for _ in range(min(share.count, len(items))):
+            start()
         left = len(items)
         while left:
             while queue and idle:
-                next_actor, next_item = idle.pop(0), queue.popleft()
-                running[next_actor.make.remote(next_item)] = next_actor, next_item
+                free, next_item = idle.pop(0), queue.popleft()
+                running[free.make.remote(next_item)] = free, next_item
             [reference], _ = ray.wait(list(running), num_returns=1)
             actor, item = running.pop(reference)
             made: Result | Failure
@@ -87,51 +93,52 @@ class RayPool:
                 made = ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise _cause(error) from error
-            except ray.exceptions.RayError as error:  # the process died, or its machine
-                if item is None:
-                    raise StageError(
-                        f"workers die before they make anything ({_first_line(error)})"
-                    ) from error
-                running[_open(actor, threads)] = actor, None  # Ray starts it again
-                deaths[item.name] += 1
-                if deaths[item.name] < DEATHS:
-                    queue.appendleft(item)
+            except ray.exceptions.RayError as error:  # it died, or its machine, or it is out of reach
+                ray.kill(actor)
+                start()
+                name = item.name if item else None
+                deaths[name] += 1
+                if deaths[name] < DEATHS:
+                    queue.extendleft([item] if item else [])
                     continue
-                made = Failure(f"{DEATHS} workers died over it ({_first_line(error)})")
+                if item is None:
+                    raise StageError(f"{DEATHS} workers died, opening the bundle: {_brief(error)}") from error
+                made = Failure(f"{DEATHS} workers died over it: {_brief(error)}")
             else:
                 idle.append(actor)
-            if item is not None:
+            if item is None:
+                del deaths[None]
+            else:
                 left -= 1
                 yield item, made
 
-    def _start(self, worker: Worker, items: int) -> tuple[list[Any], int]:
-        """The actors, none without items, and the threads of each.
-
-        Raises UsageError where the cluster has no room for one.
-        """
+    def _share(self, worker: Worker) -> _Share:
+        """Of the cluster, what each actor takes. Raises UsageError where there is no room for one."""
         there = self._ray.cluster_resources()
         gpus = there.get("GPU", 0) >= 1 if self.gpus is None else self.gpus
-        share = int(there.get("CPU", 0) // self.workers) if self.workers else 1
-        threads = self.threads or max(1, share)
+        part = int(there.get("CPU", 0) // self.workers) if self.workers else 1
+        threads = self.threads or max(1, part)
         wants = {"GPU": 1} if gpus else {"CPU": threads, "memory": self.memory}
-        room = min(int(there.get(kind, 0) // amount) for kind, amount in wants.items() if amount)
+        wants = {kind: amount for kind, amount in wants.items() if amount}
+        room = min(int(there.get(kind, 0) // amount) for kind, amount in wants.items())
         if room < 1:
             has = ", ".join(f"{there.get(kind, 0):g} {kind}" for kind in wants)
             needs = ", ".join(f"{amount:g} {kind}" for kind, amount in wants.items())
             raise UsageError(f"the Ray cluster at {self.address} has {has}, and a worker needs {needs}")
         actor = self._ray.remote(Actor).options(
-            max_restarts=-1,
-            num_cpus=wants.get("CPU", 0),
-            num_gpus=wants.get("GPU", 0),
-            memory=wants.get("memory") or None,
+            num_cpus=wants.get("CPU", 0), num_gpus=wants.get("GPU", 0), memory=wants.get("memory")
         )
-        count = min(self.workers or room, room, items)
-        return [actor.remote(worker) for _ in range(count)], self.threads if gpus else threads
+        count = min(self.workers or room, room)
+        return _Share(count, self.threads if gpus else threads, lambda: actor.remote(worker))
 
 
-def _open(actor: Any, threads: int) -> Any:
-    """Its reference. With retries: without any, Ray refuses calls of an actor that it is starting again."""
-    return actor.open.options(max_task_retries=DEATHS - 1).remote(threads)
+@dataclass(frozen=True)
+class _Share:
+    """How many actors, the threads of each, and what starts one."""
+
+    count: int
+    threads: int
+    start: Callable[[], Any]
 
 
 def _cause(error: Any) -> BaseException:
@@ -139,7 +146,7 @@ def _cause(error: Any) -> BaseException:
     return error.cause if isinstance(error.cause, NovaExportError) else error
 
 
-def _first_line(error: BaseException) -> str:
+def _brief(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 

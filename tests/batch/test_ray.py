@@ -23,11 +23,11 @@ import pytest
 from nova_export.batch.folder import open_folder
 from nova_export.batch.ray_pool import RayPool
 from nova_export.batch.run import make_missing, run_batch
-from nova_export.errors import OutputError, UsageError
+from nova_export.errors import OutputError, StageError, UsageError
 from tests.batch.alone import leave_the_network
 from tests.batch.test_run import LINES, OPTIONS, STEPS, digests, results
 from tests.batch.worlds import NoiseWorker, calls, item
-from tests.command_line import nova_export, only_error
+from tests.command_line import nova_export
 
 pytestmark = pytest.mark.batch
 
@@ -83,7 +83,7 @@ def test_a_worker_dies_once(tmp_path: Path) -> None:
 
 def test_an_item_that_kills_workers(tmp_path: Path) -> None:
     [notice] = make(tmp_path, "a", "poison", "b", "c")
-    assert re.match(r"error: line 2, seed 2: 3 workers died over it \(", notice) and "\n" not in notice
+    assert re.match(r"error: line 2, seed 2: 3 workers died over it: ", notice) and "\n" not in notice
     once_each(tmp_path, "a-1", "b-3", "c-4")
     assert Counter(prompt for prompt, *_ in calls(tmp_path)) == {"a": 1, "poison": 3, "b": 1, "c": 1}
     assert json.loads((tmp_path / "failures.jsonl").read_text())["id"] == "poison-2"
@@ -121,6 +121,11 @@ def test_failures_stop_no_others_but_a_full_disk_does(tmp_path: Path) -> None:
 def test_no_room(pool: RayPool, words: str) -> None:
     with pytest.raises(UsageError, match=re.escape(words)), pool:
         list(pool.results(NoiseWorker(Path()), [item("a")], lambda done: None))
+
+
+def test_workers_that_die_before_they_make_anything() -> None:
+    with RayPool("local") as pool, pytest.raises(StageError, match="3 workers died, opening the bundle"):
+        list(pool.results(NoiseWorker(Path(), dies_opening=True), [item("a")], lambda done: None))
 
 
 # With a bundle
@@ -189,16 +194,10 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     [
         ("127.0.0.1:1", "nobody answers there (Connection refused)"),
         ("ray://127.0.0.1:1", "nobody answers there"),
-        ("127.0.0.1:99999", "it must be local, auto"),
         ("here", "it must be local, auto, HOST:PORT"),
     ],
 )
-def test_no_cluster_there(
-    address: str, words: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray: Any
-) -> None:
+def test_no_cluster_there(address: str, words: str, monkeypatch: pytest.MonkeyPatch, ray: Any) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    (tmp_path / "prompts.txt").write_text("a")
-    result = nova_export(
-        "batch", tmp_path / "prompts.txt", "--out", tmp_path / "out", "--bundle", bundle, "--ray", address
-    )
-    only_error(result, 2, words)
+    with pytest.raises(UsageError, match=re.escape(f"--ray {address}: {words}")), RayPool(address):
+        pass
