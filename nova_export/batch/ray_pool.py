@@ -1,8 +1,8 @@
 """A pool of Ray actors, each with a worker of its own: one a GPU, or a share of the CPU cores each.
 
 A new actor takes the place of one that died, and its item goes to the next that is free; after DEATHS it has
-failed. Ray's own restarts do not serve here: they retry on the same actor or not at all, and a call of one that
-is being restarted fails as if it had died again.
+failed. Ray's own restarts do not serve: they retry on the same actor or not at all, and a call of one that is
+being restarted fails as if it had died again.
 """
 
 from __future__ import annotations
