@@ -1,6 +1,20 @@
-"""python -m nova_export, where the command is not on the path."""
+"""Where the command starts, as `nova-export` or `python -m nova_export`: Ctrl-C counts from the first import on."""
 
-from nova_export.cli import main
+from __future__ import annotations
+
+import sys
+
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    try:
+        from nova_export.cli import main as run
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from nova_export import __version__
+from nova_export.__main__ import EXIT_INTERRUPTED
 from nova_export.cli_batch import batch
 from nova_export.cli_calibrate import calibrate
 from nova_export.cli_doctor import doctor
@@ -37,7 +38,6 @@ from nova_export.cli_sensitivity import sensitivity
 from nova_export.cli_verify import verify
 from nova_export.errors import BundleError, MemoryShortage, NovaExportError, UsageError
 
-EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
 
 BENCH_ARGUMENTS = ("max_latent_length", "num_inference_steps", "num_diffusion_steps")

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nova_export.runtime.generate import Step
+if TYPE_CHECKING:
+    from nova_export.runtime.generate import Step
 
 LINE_SECONDS = 10.0  # between plain lines of the same work
 

@@ -92,6 +92,24 @@ def test_interrupted_build_keeps_finished_stages(tmp_path: Path, monkeypatch: py
     ]
 
 
+def test_interrupted_while_it_starts() -> None:
+    """Importing takes half a second, in which people change their minds too."""
+    code = """
+import sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "nova_export.runtime.request":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop())
+from nova_export.__main__ import main; main()
+"""
+    process = start(code, "--version")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "stopped; nothing was written\n")
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, cli.click.Abort])
 def test_interrupted_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: type[Exception]) -> None:
     monkeypatch.setattr(pipeline, "load", raising(stop()))
