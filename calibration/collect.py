@@ -22,9 +22,9 @@ from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
 from nova_export.errors import InputError
 from nova_export.evaluation.lockstep import Position
-from nova_export.evaluation.shapes_eval import Report, call_progress
 from nova_export.export.passes.quantize import linear_layers
 from nova_export.export.watch import Ranges, session_with
+from nova_export.progress import Report, call_progress
 from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.request import Request
 from nova_export.runtime.runner import Array, Held, Lent, Runner

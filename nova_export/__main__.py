@@ -1,4 +1,4 @@
-"""Where the command starts, as `nova-export` or `python -m nova_export`: Ctrl-C counts from the first import on."""
+"""Where the command starts, as `nova-export` or `python -m nova_export`: Ctrl-C counts from there on."""
 
 from __future__ import annotations
 

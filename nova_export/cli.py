@@ -20,6 +20,8 @@ from nova_export.cli_doctor import doctor
 from nova_export.cli_engines import engines as engines_command
 from nova_export.cli_eval import evaluate
 from nova_export.cli_options import (
+    MAX_THREADS,
+    FiniteRange,
     build_with_progress,
     bundle_or_demo,
     cuda_graphs_option,
@@ -151,7 +153,7 @@ def init(name: str, out: Path, text_encoder: str, seed: int) -> None:
 @generation_options(without=("max_latent_length",))
 @click.option(
     "--fps",
-    type=click.FloatRange(min=1, max=240),
+    type=FiniteRange(min=1, max=240),
     default=12,
     show_default=True,
     help="Frames a second of the file.",
@@ -295,10 +297,17 @@ def inspect(bundle: Path, check: bool, engines: bool, quiet: bool, as_json: bool
     "--repeats", type=click.IntRange(min=2), default=7, show_default=True, help="Timed runs of each."
 )
 @click.option(
-    "--budget", type=float, default=60.0, show_default=True, help="Seconds for the runs of one stage."
+    "--budget",
+    type=FiniteRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="Seconds for the runs of one stage.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to the library."
+    "--threads",
+    type=click.IntRange(0, MAX_THREADS),
+    default=0,
+    help="CPU threads; 0 leaves it to the library.",
 )
 @click.option("--compile/--no-compile", default=False, help="Also torch.compile, where it works.")
 @click.option("--memory/--no-memory", default=True, help="Also peak memory on the CPU, in fresh processes.")

@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from nova_export.cli_options import (
+    MAX_THREADS,
+    FiniteRange,
     bundle_or_demo,
     counting,
     device_option,
@@ -43,7 +45,7 @@ OF_LINES = ("num_images_per_prompt", "max_latent_length", "seed")  # of `Request
     show_default=True, help="Files to write; .png is the first frame, .npz frames and latents.",
 )  # fmt: skip
 @click.option(
-    "--fps", type=click.FloatRange(min=1, max=240), default=12, show_default=True, help="Frames a second."
+    "--fps", type=FiniteRange(min=1, max=240), default=12, show_default=True, help="Frames a second."
 )
 @click.option(
     "--max-latent-length", type=int,
@@ -61,7 +63,7 @@ OF_LINES = ("num_images_per_prompt", "max_latent_length", "seed")  # of `Request
 )  # fmt: skip
 @device_option
 @click.option(
-    "--threads", type=click.IntRange(min=0), default=0,
+    "--threads", type=click.IntRange(0, MAX_THREADS), default=0,
     help="CPU threads of a worker; 0 leaves it to ONNX Runtime, on a cluster to its share of the cores.",
 )  # fmt: skip
 @low_memory_option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -30,9 +31,23 @@ EXPORT_PACKAGES = (
 Command = Callable[..., Any]
 
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds; NaN is within none, but compares as if it were."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        number: float = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", parameter, context)
+        return number
+
+
+MAX_THREADS = 1024  # more takes ONNX Runtime minutes to start, and no machine has the cores
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 leaves it to ONNX Runtime."
-)
+    "--threads", type=click.IntRange(0, MAX_THREADS), default=0,
+    help="CPU threads; 0 leaves it to ONNX Runtime.",
+)  # fmt: skip
 device_option = click.option(
     "--device",
     help="Of BUNDLE: cpu, cuda, or a target it has engines for. If not given, its engines where a GPU is.",

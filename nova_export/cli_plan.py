@@ -9,7 +9,7 @@ import click
 
 from nova_export.bundle import MANIFEST, Bundle
 from nova_export.child import GB, available_memory
-from nova_export.cli_options import exporter, json_option
+from nova_export.cli_options import FiniteRange, exporter, json_option
 from nova_export.config import NovaConfig
 from nova_export.demo import demo_checkpoint
 from nova_export.stages import MAX_BATCH, MAX_FRAMES
@@ -21,7 +21,7 @@ from nova_export.targets import CPU, PRECISIONS, TARGETS, find
 @click.option("--target", default="cpu", show_default=True, help="Device, or what the bundle is to run on.")
 @click.option("--precision", default="fp32", show_default=True, help="Of all stages that it is for.")
 @click.option(
-    "--memory", type=click.FloatRange(min=0, min_open=True),
+    "--memory", type=FiniteRange(min=0, min_open=True),
     help="GB that there are for it; if not told, of the target without its system, or free in this machine.",
 )  # fmt: skip
 @click.option(
@@ -57,6 +57,7 @@ def plan(
     Nothing is built and no weights are read. Needs the `export` extra.
     """
     planning = exporter("nova_export.export.plan")
+    chosen, wanted = find(TARGETS, target), find(PRECISIONS, precision)  # before what takes a while
     source = source or demo_checkpoint()
     bundle = Bundle.open(source) if (source / MANIFEST).is_file() else None
     config = bundle.config if bundle else NovaConfig.from_checkpoint(source)
@@ -68,9 +69,9 @@ def plan(
         num_diffusion_steps,
         lean_decode or bool(bundle and bundle.lean_decode),
     )
-    chosen, costs = find(TARGETS, target), planning.Costs.count(video)
+    costs = planning.Costs.count(video)
     there = available_memory() if memory is None and chosen == CPU else memory and int(memory * GB)
-    made, others = planning.make_plan(costs, chosen, find(PRECISIONS, precision), there), []
+    made, others = planning.make_plan(costs, chosen, wanted, there), []
     if made.verdict == "does not fit":
         others = [(found.name, other.verdict) for found, other in planning.fitting(costs, chosen, there)]
     if as_json:

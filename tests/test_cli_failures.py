@@ -117,6 +117,31 @@ def test_interrupted_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
     assert (result.code, result.out, result.err.strip()) == (130, "", "stopped; nothing was written")
 
 
+# Numbers that compare like others
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "a", "--fps"),
+        ("plan", "--memory"),
+        ("batch", "p.txt", "--out", "o", "--fps"),
+        ("bench", "b", "--budget"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_numbers_that_are_not_finite(arguments: tuple[str, ...], number: str) -> None:
+    result = nova_export(*arguments, number)
+    assert result.code == 2 and arguments[-1] in result.err and "Traceback" not in result.err
+
+
+def test_too_many_threads() -> None:
+    """ONNX Runtime would start them all, for minutes."""
+    result = nova_export("run", "a", "--threads", "100000")
+    assert result.code == 2 and "0<=x<=1024" in result.err
+
+
 # Missing packages
 
 

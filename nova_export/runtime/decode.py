@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_export.config import NovaConfig, Tiling
+from nova_export.errors import StageError
 from nova_export.lean_stages import lean_decoder
 from nova_export.runtime.lean_decode import decode_lean
 from nova_export.runtime.runner import Runner
@@ -48,9 +49,14 @@ def tiles(tiling: Tiling, num_latents: int) -> Iterator[Tile]:
 def decode_tile(decoder: Decoder, latents: Floats, tile: Tile) -> Frames:
     """(B, C, L, h, w) -> the tile's frames, uint8 (B, F, H, W, 3).
 
-    One sample at a time: decoding is what needs memory.
+    One sample at a time: decoding is what needs memory. Raises StageError for what are no numbers.
     """
     samples = []
+    if not np.isfinite(latents[:, :, tile.start : tile.stop]).all():
+        raise StageError(
+            f"latent frames {tile.start + 1} to {tile.stop} hold NaN or infinity: lower guidance_scale and the "
+            "other numbers given, or build the bundle in a precision that does not overflow"
+        )
     for sample in latents[:, :, tile.start : tile.stop]:
         samples.append(to_uint8(decoder(sample[None])[0, :, tile.drop :]))
     return np.stack(samples)

@@ -109,7 +109,8 @@ def load_latents(path: str | Path) -> NDArray[np.float32]:
     except FileNotFoundError:
         raise InputError(f"latents file {path} does not exist") from None
     except Exception as error:  # a damaged archive fails anywhere in zipfile, zlib or numpy's header parser
-        raise InputError(f"cannot read {path} as an .npz of latents: {error}") from error
+        reason = "it is none" if "pickle" in str(error) else error  # numpy would advise to trust the file
+        raise InputError(f"cannot read {path} as an .npz of latents: {reason}") from error
     if latents is None:
         raise InputError(f"{path} holds no array named 'latents': give an .npz that `run -o` wrote")
     if latents.dtype.kind != "f" or latents.ndim != 5 or not latents.size:

@@ -114,6 +114,15 @@ def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         Fixture().pipe.decode(np.zeros(shape, np.float32))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_no_numbers(value: float) -> None:
+    """Of guidance beyond all measure, or of an overflow in half precision: no grey frames without a word."""
+    latents = np.zeros((1, 4, 3, 8, 12), np.float32)
+    latents[0, 1, 2, 3, 4] = value
+    with pytest.raises(StageError, match="latent frames 1 to 3 hold NaN or infinity"):
+        Fixture().pipe.decode(latents)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 9, 10])
 def test_stream_gives_the_frames_of_a_call(count: int) -> None:
     prompts = ["a", "b"]
