@@ -20,17 +20,9 @@ from nova_export.evaluation.difference import Difference, finite
 from nova_export.evaluation.lockstep import Lockstep, Place, Recorder
 from nova_export.evaluation.metrics import Frames, psnr, ssim
 from nova_export.evaluation.scene import parse
-from nova_export.evaluation.shapes_eval import (
-    TOTAL,
-    Item,
-    Report,
-    Sample,
-    Score,
-    call_progress,
-    check_source,
-    judge,
-)
+from nova_export.evaluation.shapes_eval import TOTAL, Item, Sample, Score, check_source, judge
 from nova_export.lean_stages import DECODER
+from nova_export.progress import Report, call_progress
 from nova_export.runtime.generate import StageGetter
 from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import Runner

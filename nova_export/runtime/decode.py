@@ -54,7 +54,7 @@ def decode_tile(decoder: Decoder, latents: Floats, tile: Tile) -> Frames:
     samples = []
     if not np.isfinite(latents[:, :, tile.start : tile.stop]).all():
         raise StageError(
-            f"latent frames {tile.start + 1} to {tile.stop} hold NaN or infinity: lower guidance_scale and the "
+            f"latent frames {tile.start + 1} to {tile.stop} hold NaN or infinity: lower guidance_scale and "
             "other numbers given, or build the bundle in a precision that does not overflow"
         )
     for sample in latents[:, :, tile.start : tile.stop]:
