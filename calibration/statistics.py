@@ -139,8 +139,9 @@ class Statistics:
             origin = {name: head[name] for name in ("source", "prompts", "seed", "arguments", "done")}
             return cls(**origin, layers=layers, largest=largest)
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            reason = "no .npz" if "pickle" in str(error) else error  # numpy would advise to trust the file
             raise InputError(
-                f"{path}: holds no calibration ({error}); `nova-export calibrate` makes one"
+                f"{path}: holds no calibration ({reason}); `nova-export calibrate` makes one"
             ) from error
 
     def digest(self) -> str:

@@ -195,7 +195,7 @@ def chosen_prompts(config: NovaConfig, file: Path | None, count: int) -> list[An
         if config.is_class_conditional:
             raise UsageError("--prompts is for text; this checkpoint is class-conditional")
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from error
         if not any(lines):

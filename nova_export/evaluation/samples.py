@@ -125,7 +125,7 @@ def vbench_prompts(prompts: Path) -> list[str]:
 
 def _read(prompts: Path) -> str:
     try:
-        return prompts.read_text(encoding="utf-8")
+        return prompts.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read prompts from {prompts}: {error}") from error
 

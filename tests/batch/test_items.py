@@ -75,6 +75,13 @@ def test_text_is_named_as_vbench_wants(tmp_path: Path) -> None:
     assert [item.name for item in read_items(tmp_path / "b.json", VIDEO, count=1)] == ["a cat-0.mp4"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_the_mark_of_some_editors_is_no_part_of_a_prompt(name: str, tmp_path: Path) -> None:
+    texts = {"a.txt": "a cat\r\n", "a.jsonl": '{"prompt": "a cat"}\r\n', "a.json": '[{"prompt_en": "a cat"}]'}
+    (tmp_path / name).write_text(texts[name], encoding="utf-8-sig")
+    assert {item.arguments["prompt"] for item in read_items(tmp_path / name, VIDEO)} == {"a cat"}
+
+
 def test_class_ids(tmp_path: Path) -> None:
     [item] = read(tmp_path, {"prompt": 7}, config=CLASSES)
     assert item.arguments["prompt"] == 7
