@@ -31,14 +31,17 @@ from nova_export.export.passes.quantize import (
     linear_layers,
     quantize,
 )
+from nova_export.runtime.generate import StageGetter
 from nova_export.runtime.pipeline import Pipeline
-from nova_export.runtime.runner import OrtRunner, Runner
+from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.stage_runners import StageRunners
 from nova_export.targets import LEAST_CHANNELS, Precision, Target
 
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 16, 10_000
 GATE_PROMPTS, GATE_SEED = 2, 20_000
 ALL_STEPS = 255  # of an integer of 8 bits
+
+FormName = tuple[str, str]  # a stage, and what tells this form of it from others
 
 
 @dataclass(frozen=True)
@@ -130,29 +133,37 @@ def input_format(seen: LayerInput, weight: Floats, signed: bool) -> tuple[InputF
     return InputFormat(best.step, min(max(zero, 0), ALL_STEPS), signed, factors), best.method
 
 
-def compare_on_runs(source: FloatSource, graphs: Mapping[str, Path]) -> dict[str, dict[str, Difference]]:
-    """By stage and output: how far these graphs are from float32, on the inputs of its runs."""
+def compare_on_runs(
+    source: FloatSource, graphs: Mapping[FormName, Path]
+) -> dict[FormName, dict[str, Difference]]:
+    """Of each graph, by output: how far it is from float32, on the inputs of its runs.
+
+    One pass of the loops for all, also where there are several of one stage.
+    """
     bundle = source.bundle
     with ExitStack() as stack:
         runners = StageRunners(bundle, "cpu")
         stack.callback(runners.close)
-        tested = {
-            name: stack.enter_context(OrtRunner(bundle.stages[name].spec, path))
-            for name, path in graphs.items()
-        }
-        lockstep = Lockstep(runners, tested.__getitem__)
-
-        def stage(name: str) -> Runner:
-            return lockstep(name) if name in tested else runners(name)
-
+        stage: StageGetter = runners
+        locksteps = {}
+        for form, path in graphs.items():
+            name = form[0]
+            tested = stack.enter_context(OrtRunner(bundle.stages[name].spec, path))
+            locksteps[form] = Lockstep(stage, {name: tested}.__getitem__)
+            stage = _one_tested(name, locksteps[form], stage)
         pipeline = Pipeline.over(bundle, stage)
         with _own_prompts():
             for index, prompt in enumerate(default_prompts(bundle.config, GATE_PROMPTS)):
                 pipeline(prompt, **{**source.arguments, "seed": GATE_SEED + index})
-    found: dict[str, dict[str, Difference]] = {name: {} for name in graphs}
-    for (name, tensor), difference in lockstep.tensors.items():
-        found[name][tensor] = difference
-    return found
+    return {
+        form: {tensor: difference for (_, tensor), difference in lockstep.tensors.items()}
+        for form, lockstep in locksteps.items()
+    }
+
+
+def _one_tested(name: str, lockstep: Lockstep, others: StageGetter) -> StageGetter:
+    """Stages of which one is tested, by a lockstep whose reference they are."""
+    return lambda asked: lockstep(asked) if asked == name else others(asked)
 
 
 @contextmanager

@@ -257,7 +257,7 @@ def test_a_calibration_of_another_checkpoint(
     calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is said before anything is built."""
-    monkeypatch.setattr(build, "build_stage", None)
+    monkeypatch.setattr(build, "build_stages", None)
     other = GOLDEN / "t2v" / "checkpoint"
     with pytest.raises(InputError, match="another checkpoint"):
         build_bundle(other, tmp_path / "b", precision="int8", calibration=calibration)
