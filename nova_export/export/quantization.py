@@ -17,12 +17,13 @@ import onnx_ir as ir
 
 from calibration import default_prompts
 from calibration.collect import calibrate
-from calibration.ranges import best_range, smoothing
+from calibration.ranges import Range, best_range, smoothing
 from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
 from nova_export.errors import ExportError, InputError, UsageError
 from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.lockstep import Lockstep
+from nova_export.export.passes.multi_head import to_multi_head
 from nova_export.export.passes.quantize import (
     Floats,
     InputFormat,
@@ -89,10 +90,10 @@ def quantize_stage(
     target: Target,
     float_layers: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write a stage's graph with its linear layers in integers; what the manifest keeps of how.
+    """Write a stage's graph with its linear layers in integers, and attention as the target has it fastest.
 
-    float_layers: patterns of the names of layers that stay in float. Raises ExportError where the calibration
-    knows nothing of a layer, and UsageError where a pattern has none.
+    float_layers: patterns of the names of layers that stay in float. Returns what the manifest keeps of how.
+    Raises ExportError where the calibration knows nothing of a layer, UsageError where a pattern has none.
     """
     model = ir.load(source.bundle.path(source.bundle.stages[name].graph))
     assert precision.weights is not None
@@ -113,6 +114,8 @@ def quantize_stage(
                 raise ExportError(f"stage {name}: the calibration has no layer {layer}; calibrate again")
             inputs[layer], methods[layer] = input_format(seen[layer], linear.matrix(), target.signed_inputs)
     quantize(model, weights, inputs)
+    if target.multi_head:
+        to_multi_head(model)
     ir.save(model, graph, external_data=f"{graph.name}.data")
     return {"layers": len(weights), "input_ranges": methods}
 
@@ -126,11 +129,17 @@ def quantized_layers(model: ir.Model) -> dict[str, Linear]:
 
 def input_format(seen: LayerInput, weight: Floats, signed: bool) -> tuple[InputFormat, str]:
     """The format of a layer's input, and the method that gave its range. weight (inputs, outputs)."""
-    best, factors = best_range(seen, symmetric=signed), None
+    best = best_range(seen, symmetric=signed)
     if smoothed := smoothing(seen, weight, best, symmetric=signed):
         factors, best = smoothed
-    zero = 0 if signed else round(-best.low / best.step)
-    return InputFormat(best.step, min(max(zero, 0), ALL_STEPS), signed, factors), best.method
+        return format_of(best, signed, factors), best.method
+    return format_of(best, signed), best.method
+
+
+def format_of(range_: Range, signed: bool, factors: Floats | None = None) -> InputFormat:
+    """A range in integers of 8 bits; factors divide the input before."""
+    zero = 0 if signed else round(-range_.low / range_.step)
+    return InputFormat(range_.step, min(max(zero, 0), ALL_STEPS), signed, factors)
 
 
 def compare_on_runs(
