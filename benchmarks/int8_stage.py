@@ -4,7 +4,8 @@ python benchmarks/int8_stage.py CHECKPOINT [--stage spatial_encoder] [--set rows
 
 int8 is ours, with ranges known beforehand; the same with ONNX's Attention; and dynamic: every layer finds the
 range of its input anew. Our ranges come from the timed inputs: this is about time. Prints JSON, with the SNR
-in dB of each against fp32, and the seconds that each kind of operator takes. --work keeps the graphs.
+in dB of each against fp32, and the seconds that each kind of operator takes. --work FOLDER keeps the graphs
+and takes those that are there.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def main(checkpoint: Path, name: str, wanted: dict[str, str], repeats: int, work
         graphs = {form: folder / f"{form.replace(' ', '_')}.onnx" for form in FORMS}
         if not graphs["fp32"].exists():
             export_onnx(stage, module, graphs["fp32"])
-        _quantize(graphs, stage, config, inputs)
-        _dynamic(graphs["fp32"], graphs["int8 dynamic"])
+        if not all(path.exists() for path in graphs.values()):
+            _quantize(graphs, stage, config, inputs)
+            _dynamic(graphs["fp32"], graphs["int8 dynamic"])
         module = module.to(torch.bfloat16)
         tensors = {key: torch.from_numpy(array) for key, array in inputs.items()}
         half = {key: t.bfloat16() if t.is_floating_point() else t for key, t in tensors.items()}
