@@ -23,11 +23,14 @@ def to_multi_head(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type != "Attention" or not _is_plain(node):
             continue
-        shape = node.inputs[0] and node.inputs[0].shape
-        if shape is None or len(shape) != 4 or not all(isinstance(shape[axis], int) for axis in (1, 3)):
+        query = node.inputs[0]
+        shape = query.shape if query is not None else None
+        if shape is None or len(shape) != 4:
             continue
-        _replace(model.graph, node, int(shape[1]), int(shape[3]))
-        changed += 1
+        heads, width = shape[1], shape[3]
+        if isinstance(heads, int) and isinstance(width, int):
+            _replace(model.graph, node, heads, width)
+            changed += 1
     if changed:
         model.opset_imports[DOMAIN] = 1
     return changed
@@ -53,7 +56,9 @@ def _replace(graph: ir.Graph, node: ir.Node, heads: int, width: int) -> None:
     for index, each in enumerate(tape.nodes):
         each.name = f"{node.name}_{index}_{each.op_type}"
         each.metadata_props.update(node.metadata_props)
-        each.outputs[0].name, each.outputs[0].dtype = each.name, old.dtype
+        each.outputs[0].name = each.name
+        if old.dtype is not None:
+            each.outputs[0].dtype = old.dtype
     for constant in tape.initializers:
         graph.register_initializer(constant)
     graph.insert_before(node, tape.nodes)
