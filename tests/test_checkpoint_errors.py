@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ def test_pickles_beside_safetensors_are_left_alone(checkpoint: Path, monkeypatch
     exploded = checkpoint / "exploded"
     for part in ("transformer", "vae", "text_encoder"):
         (checkpoint / part / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(exploded)))
-    monkeypatch.setattr(build, "build_stage", built_nothing)
+    monkeypatch.setattr(build, "build_stages", built_nothing)
     build_bundle(checkpoint, checkpoint.parent / "bundle")
     assert not exploded.exists()
 
@@ -271,7 +271,7 @@ def test_remote_code_is_never_imported(checkpoint: Path, monkeypatch: pytest.Mon
             )
     edit("model_index.json", vae=["__vae__", "AutoencoderKL"], transformer=["modeling", "NOVA"])(checkpoint)
     edit("text_encoder/config.json", auto_map={"AutoModel": "modeling.Phi"})(checkpoint)
-    monkeypatch.setattr(build, "build_stage", built_nothing)
+    monkeypatch.setattr(build, "build_stages", built_nothing)
     build_bundle(checkpoint, checkpoint.parent / "bundle")
     assert not exploded.exists()
 
@@ -279,20 +279,16 @@ def test_remote_code_is_never_imported(checkpoint: Path, monkeypatch: pytest.Mon
 def test_index_file_is_not_needed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part says itself what it is."""
     (checkpoint / "model_index.json").unlink()
-    monkeypatch.setattr(build, "build_stage", built_nothing)
+    monkeypatch.setattr(build, "build_stages", built_nothing)
     build_bundle(checkpoint, checkpoint.parent / "bundle")
 
 
-def built_nothing(job: Any, spec: Any, work: Path, report: Any) -> dict[str, Any]:
-    """Loads the stage's weights as a build does, and leaves an empty graph."""
-    load_module(spec, job.config, job.checkpoint)
-    graph = work / f"{spec.name}.onnx"
-    graph.touch()
-    entry = {graph.name: file_entry(graph)}
-    return {
-        "spec": spec.to_dict(),
-        "graph": graph.name,
-        "files": entry,
-        "precision": "fp32",
-        "verified": None,
-    }
+def built_nothing(job: Any, specs: Any, work: Path, report: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Loads the stages' weights as a build does, and leaves empty graphs."""
+    for spec in specs:
+        load_module(spec, job.config, job.checkpoint)
+        graph = work / f"{spec.name}.onnx"
+        graph.touch()
+        entry = {graph.name: file_entry(graph)}
+        record = {"spec": spec.to_dict(), "graph": graph.name, "files": entry}
+        yield spec.name, {**record, "precision": "fp32", "verified": None}

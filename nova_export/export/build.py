@@ -23,7 +23,7 @@ from nova_export.child import GB, available_memory
 from nova_export.config import NovaConfig
 from nova_export.engine.build import build_engines
 from nova_export.errors import BundleError, CheckpointError, MemoryShortage, UsageError
-from nova_export.export.build_stage import Job, Report, build_stage
+from nova_export.export.build_stage import Job, Report, build_stages
 from nova_export.export.plan import export_bytes
 from nova_export.export.quantization import FloatSource, load_calibration
 from nova_export.export.work_folder import (
@@ -106,10 +106,7 @@ def build_bundle(
         statistics = source.statistics if source else statistics
         job = replace(job, source=source, statistics=statistics, rankings=_float_paths(out)[2])
         folders = [work, out, *([source.bundle.folder] if source else [])]
-        records = {
-            name: _finished_or_built(job, spec, sources[spec.part], folders, report)
-            for name, spec in specs.items()
-        }
+        records = _records(job, specs, sources, folders, report)
         files = {path: entry for record in records.values() for path, entry in record["files"].items()}
         if tokenizer is not None:
             (work / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -226,29 +223,43 @@ def fingerprint(part: Path) -> str:
     return digest.hexdigest()
 
 
-def _finished_or_built(
-    job: Job, spec: Stage, part: str, folders: Sequence[Path], report: Report
-) -> dict[str, Any]:
-    """The stage's manifest entry: of an earlier run if it is still good, else of building it now.
+def _records(
+    job: Job, specs: Mapping[str, Stage], sources: Mapping[str, str], folders: Sequence[Path], report: Report
+) -> dict[str, dict[str, Any]]:
+    """Every stage's manifest entry: of an earlier run if it is still good, else of building it now.
 
-    folders: the first is where it is built, all are where it may be already.
+    folders: the first is where stages are built, all are where they may be already.
     """
     work = folders[0]
-    key = _stage_key(job, spec, part)
+    keys = {name: _stage_key(job, spec, sources[spec.part]) for name, spec in specs.items()}
+    records: dict[str, dict[str, Any]] = {}
+
+    def keep(name: str, record: dict[str, Any]) -> None:
+        records[name] = {**record, "key": keys[name]}
+        write_json(work / f"{name}.json", records[name])
+
+    for name in specs:
+        if record := _finished(name, keys[name], folders, job.verify):
+            report(name, "reused")
+            keep(name, record)
+    missing = [spec for name, spec in specs.items() if name not in records]
+    for name, record in build_stages(job, missing, work, report):
+        keep(name, record)
+    return {name: records[name] for name in specs}
+
+
+def _finished(name: str, key: str, folders: Sequence[Path], verify: bool) -> dict[str, Any] | None:
+    """A stage's record that is in one of the folders and has this key; its files are in the first then."""
     for folder in folders:
-        record = read_record(folder, spec.name)
+        record = read_record(folder, name)
         if (
             record
             and record.get("key") == key
-            and (record.get("verified") or not job.verify)
-            and adopt(record, folder, work)
+            and (record.get("verified") or not verify)
+            and adopt(record, folder, folders[0])
         ):
-            report(spec.name, "reused")
-            break
-    else:
-        record = {**build_stage(job, spec, work, report), "key": key}
-    write_json(work / f"{spec.name}.json", record)
-    return record
+            return record
+    return None
 
 
 def _stage_key(job: Job, spec: Stage, part: str) -> str:

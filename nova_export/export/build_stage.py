@@ -6,7 +6,7 @@ import ctypes
 import gc
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from nova_export.config import NovaConfig
 from nova_export.errors import ExportError
 from nova_export.export.onnx_export import export_onnx
 from nova_export.export.precision import Verdict, change_precision, check_gate, judge, runnable_here
-from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage
+from nova_export.export.quantization import FloatSource, FormName, compare_on_runs, quantize_stage
 from nova_export.export.sensitivity import spared_layers
 from nova_export.export.speed import median_seconds
 from nova_export.export.verify import check_cases, reference_cases
@@ -54,20 +54,94 @@ class Job:
     rankings: Path | None = None  # where rankings of layers are kept
 
 
-def build_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str, Any]:
-    """Build a stage in its precision into `work`; its entry in the manifest, with its files.
+@dataclass(frozen=True)
+class Form:
+    """A stage in integers: its graph, what the gate says of it, and what the manifest keeps."""
 
-    Raises ExportError where it cannot be had in that precision.
+    graph: Path
+    verdict: Verdict
+    verified: dict[str, Any]
+
+
+Forms = dict[FormName, Form]  # the second name is that of the precision
+
+
+def build_stages(
+    job: Job, specs: Sequence[Stage], work: Path, report: Report
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Build stages in their precisions into `work`: of each, as it is done, its name and manifest entry.
+
+    Those in integers come first, judged all together in one pass of the loops. Raises ExportError where a
+    stage cannot be had in its precision.
     """
+    wanted = [
+        (spec, precision)
+        for spec in specs
+        for precision in contained(job.precisions[spec.name])
+        if precision.weights and precision.is_for(spec.name)
+    ]
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        forms = _integer_forms(job, wanted, Path(folder), report) if wanted else {}
+        in_integers = {spec.name for spec, _ in wanted}
+        for spec in sorted(specs, key=lambda spec: spec.name not in in_integers):
+            yield spec.name, _build_stage(job, spec, forms, work, report)
+
+
+def _build_stage(job: Job, spec: Stage, forms: Forms, work: Path, report: Report) -> dict[str, Any]:
     precision = job.precisions[spec.name]
     if job.source and precision.fastest_of:
-        return _fastest_stage(job, job.source, spec, work, report)
+        return _fastest_stage(job, job.source, spec, forms, work, report)
     if job.source and precision.weights:
-        return _quantize_stage(job, job.source, spec, work, report)
+        return _integer_stage(job, job.source, spec, forms[spec.name, precision.name], work)
     return _float_stage(job, spec, work, report)
 
 
-def _fastest_stage(job: Job, source: FloatSource, spec: Stage, work: Path, report: Report) -> dict[str, Any]:
+def _integer_forms(
+    job: Job,
+    wanted: Sequence[tuple[Stage, Precision]],
+    folder: Path,
+    report: Report,
+    spared: Sequence[str] = (),
+) -> Forms:
+    """Stages in integers, in `folder`. spared: layers that stay in float beside those that the job names."""
+    source = job.source
+    assert source is not None
+    graphs: dict[FormName, Path] = {}
+    changes: dict[FormName, dict[str, Any]] = {}
+    for spec, precision in wanted:
+        key = spec.name, precision.name
+        report(spec.name, f"changing to {precision.name}")
+        graphs[key] = folder / precision.name / f"{spec.name}.onnx"
+        graphs[key].parent.mkdir(exist_ok=True)
+        float_layers = [*job.float_layers.get(spec.name, ()), *spared]
+        made = quantize_stage(source, spec.name, graphs[key], precision, job.target, float_layers)
+        changes[key] = {**made, "float_layers": float_layers}
+    report("gate of integers", "running the loops")
+    differences = compare_on_runs(source, graphs)
+    forms = {}
+    for spec, precision in wanted:
+        key = spec.name, precision.name
+        verdict = judge(differences[key], precision)
+        forms[key] = Form(graphs[key], verdict, {**verdict.to_dict(), **changes[key]})
+    return forms
+
+
+def _integer_stage(job: Job, source: FloatSource, spec: Stage, form: Form, work: Path) -> dict[str, Any]:
+    """A stage in integers, or in float32 if it is not good enough. Raises ExportError if it was named."""
+    precision = job.precisions[spec.name]
+    if not form.verdict.lost:
+        return _record_of_form(spec, form, precision, work)
+    if spec.name in job.named:
+        raise ExportError(f"stage {spec.name}: {form.verdict.lost}")
+    warnings.warn(f"stage {spec.name} stays in fp32: {form.verdict.lost}", stacklevel=2)
+    record = read_record(source.bundle.folder, spec.name)
+    assert record is not None and adopt(record, source.bundle.folder, work)
+    return {**record, "refused": {"precision": precision.name, **form.verdict.to_dict()}}
+
+
+def _fastest_stage(
+    job: Job, source: FloatSource, spec: Stage, forms: Forms, work: Path, report: Report
+) -> dict[str, Any]:
     """The stage in the fastest of several precisions that pass their gates, timed here, side by side.
 
     Integers that do not pass get another chance with the layers that cost the most in float.
@@ -80,13 +154,15 @@ def _fastest_stage(job: Job, source: FloatSource, spec: Stage, work: Path, repor
             if precision == FP32 or not precision.is_for(spec.name):
                 continue
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work)))
-            one = replace(job, precisions={spec.name: precision}, named=frozenset({spec.name}))
             try:
-                records[precision.name] = (
-                    _quantize_stage(one, source, spec, folder, report, spare=True)
-                    if precision.weights
-                    else _float_stage(one, spec, folder, report)
-                )
+                if precision.weights:
+                    form = forms[spec.name, precision.name]
+                    if form.verdict.lost:
+                        form = _spared_form(job, source, spec, precision, form, folder, report)
+                    records[precision.name] = _record_of_form(spec, form, precision, folder)
+                else:
+                    one = replace(job, precisions={spec.name: precision})
+                    records[precision.name] = _float_stage(one, spec, folder, report)
                 folders[precision.name] = folder
             except ExportError as error:
                 refused[precision.name] = str(error)
@@ -101,39 +177,25 @@ def _fastest_stage(job: Job, source: FloatSource, spec: Stage, work: Path, repor
     return {**record, "auto": {"seconds": seconds, "refused": refused}}
 
 
-def _quantize_stage(
-    job: Job, source: FloatSource, spec: Stage, work: Path, report: Report, spare: bool = False
-) -> dict[str, Any]:
-    """A stage in integers, or in float32 if it is not good enough. Raises ExportError if it was named.
+def _spared_form(
+    job: Job, source: FloatSource, spec: Stage, precision: Precision, form: Form, folder: Path, report: Report
+) -> Form:
+    """The form with as few of its costliest layers in float as let it pass. Raises ExportError."""
+    assert job.rankings is not None
+    told = partial(report, spec.name)
+    for spared in spared_layers(source, spec.name, precision, job.target, job.rankings, told):
+        [form] = _integer_forms(job, [(spec, precision)], folder, report, spared).values()
+        if not form.verdict.lost:
+            return form
+    raise ExportError(f"stage {spec.name}: {form.verdict.lost}")
 
-    spare: whether layers that cost the most may stay in float, if it is not good enough without.
-    """
-    precision, graph = job.precisions[spec.name], _fresh_graph(spec, work)
-    kept = job.float_layers.get(spec.name, ())
 
-    def attempt(float_layers: Sequence[str]) -> tuple[Verdict, dict[str, Any]]:
-        report(spec.name, f"changing to {precision.name}")
-        changes = quantize_stage(source, spec.name, graph, precision, job.target, float_layers)
-        report(spec.name, "verifying")
-        verdict = judge(compare_on_runs(source, {spec.name: graph})[spec.name], precision)
-        return verdict, {**verdict.to_dict(), **changes, "float_layers": list(float_layers)}
-
-    verdict, verified = attempt(kept)
-    if verdict.lost and spare:
-        assert job.rankings is not None
-        told = partial(report, spec.name)
-        for spared in spared_layers(source, spec.name, precision, job.target, job.rankings, told):
-            verdict, verified = attempt([*kept, *spared])
-            if not verdict.lost:
-                break
-    if verdict.lost:
-        if spec.name in job.named:
-            raise ExportError(f"stage {spec.name}: {verdict.lost}")
-        warnings.warn(f"stage {spec.name} stays in fp32: {verdict.lost}", stacklevel=2)
-        record = read_record(source.bundle.folder, spec.name)
-        assert record is not None and adopt(record, source.bundle.folder, work)
-        return {**record, "refused": {"precision": precision.name, **verdict.to_dict()}}
-    return _record(spec, graph, precision, verified)
+def _record_of_form(spec: Stage, form: Form, precision: Precision, work: Path) -> dict[str, Any]:
+    """The entry in the manifest, with the files moved to `work`."""
+    graph = _fresh_graph(spec, work)
+    for path in _graph_files(form.graph):
+        path.replace(graph.with_name(path.name))
+    return _record(spec, graph, precision, form.verified)
 
 
 def _float_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import onnx_ir as ir
 
 from calibration import default_prompts
 from calibration.collect import calibrate
-from calibration.ranges import best_range, smoothing
+from calibration.ranges import Range, best_range, smoothing
 from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
 from nova_export.errors import ExportError, InputError, UsageError
 from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.lockstep import Lockstep
+from nova_export.export.passes.multi_head import to_multi_head
 from nova_export.export.passes.quantize import (
     Floats,
     InputFormat,
@@ -31,14 +32,17 @@ from nova_export.export.passes.quantize import (
     linear_layers,
     quantize,
 )
+from nova_export.runtime.generate import StageGetter
 from nova_export.runtime.pipeline import Pipeline
-from nova_export.runtime.runner import OrtRunner, Runner
+from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.stage_runners import StageRunners
 from nova_export.targets import LEAST_CHANNELS, Precision, Target
 
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 16, 10_000
 GATE_PROMPTS, GATE_SEED = 2, 20_000
 ALL_STEPS = 255  # of an integer of 8 bits
+
+FormName = tuple[str, str]  # a stage, and what tells this form of it from others
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,10 @@ def quantize_stage(
     target: Target,
     float_layers: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write a stage's graph with its linear layers in integers; what the manifest keeps of how.
+    """Write a stage's graph with its linear layers in integers, and attention as the target has it fastest.
 
-    float_layers: patterns of the names of layers that stay in float. Raises ExportError where the calibration
-    knows nothing of a layer, and UsageError where a pattern has none.
+    float_layers: patterns of the names of layers that stay in float. Returns what the manifest keeps of how.
+    Raises ExportError where the calibration knows nothing of a layer, UsageError where a pattern has none.
     """
     model = ir.load(source.bundle.path(source.bundle.stages[name].graph))
     assert precision.weights is not None
@@ -110,6 +114,8 @@ def quantize_stage(
                 raise ExportError(f"stage {name}: the calibration has no layer {layer}; calibrate again")
             inputs[layer], methods[layer] = input_format(seen[layer], linear.matrix(), target.signed_inputs)
     quantize(model, weights, inputs)
+    if target.multi_head:
+        to_multi_head(model)
     ir.save(model, graph, external_data=f"{graph.name}.data")
     return {"layers": len(weights), "input_ranges": methods}
 
@@ -123,36 +129,50 @@ def quantized_layers(model: ir.Model) -> dict[str, Linear]:
 
 def input_format(seen: LayerInput, weight: Floats, signed: bool) -> tuple[InputFormat, str]:
     """The format of a layer's input, and the method that gave its range. weight (inputs, outputs)."""
-    best, factors = best_range(seen, symmetric=signed), None
+    best = best_range(seen, symmetric=signed)
     if smoothed := smoothing(seen, weight, best, symmetric=signed):
         factors, best = smoothed
-    zero = 0 if signed else round(-best.low / best.step)
-    return InputFormat(best.step, min(max(zero, 0), ALL_STEPS), signed, factors), best.method
+        return format_of(best, signed, factors), best.method
+    return format_of(best, signed), best.method
 
 
-def compare_on_runs(source: FloatSource, graphs: Mapping[str, Path]) -> dict[str, dict[str, Difference]]:
-    """By stage and output: how far these graphs are from float32, on the inputs of its runs."""
+def format_of(range_: Range, signed: bool, factors: Floats | None = None) -> InputFormat:
+    """A range in integers of 8 bits; factors divide the input before."""
+    zero = 0 if signed else round(-range_.low / range_.step)
+    return InputFormat(range_.step, min(max(zero, 0), ALL_STEPS), signed, factors)
+
+
+def compare_on_runs(
+    source: FloatSource, graphs: Mapping[FormName, Path]
+) -> dict[FormName, dict[str, Difference]]:
+    """Of each graph, by output: how far it is from float32, on the inputs of its runs.
+
+    One pass of the loops for all, also where there are several of one stage.
+    """
     bundle = source.bundle
     with ExitStack() as stack:
         runners = StageRunners(bundle, "cpu")
         stack.callback(runners.close)
-        tested = {
-            name: stack.enter_context(OrtRunner(bundle.stages[name].spec, path))
-            for name, path in graphs.items()
-        }
-        lockstep = Lockstep(runners, tested.__getitem__)
-
-        def stage(name: str) -> Runner:
-            return lockstep(name) if name in tested else runners(name)
-
+        stage: StageGetter = runners
+        locksteps = {}
+        for form, path in graphs.items():
+            name = form[0]
+            tested = stack.enter_context(OrtRunner(bundle.stages[name].spec, path))
+            locksteps[form] = Lockstep(stage, {name: tested}.__getitem__)
+            stage = _one_tested(name, locksteps[form], stage)
         pipeline = Pipeline.over(bundle, stage)
         with _own_prompts():
             for index, prompt in enumerate(default_prompts(bundle.config, GATE_PROMPTS)):
                 pipeline(prompt, **{**source.arguments, "seed": GATE_SEED + index})
-    found: dict[str, dict[str, Difference]] = {name: {} for name in graphs}
-    for (name, tensor), difference in lockstep.tensors.items():
-        found[name][tensor] = difference
-    return found
+    return {
+        form: {tensor: difference for (_, tensor), difference in lockstep.tensors.items()}
+        for form, lockstep in locksteps.items()
+    }
+
+
+def _one_tested(name: str, lockstep: Lockstep, others: StageGetter) -> StageGetter:
+    """Stages of which one is tested, by a lockstep whose reference they are."""
+    return lambda asked: lockstep(asked) if asked == name else others(asked)
 
 
 @contextmanager

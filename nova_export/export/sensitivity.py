@@ -74,7 +74,7 @@ def rank_layers(
             with tempfile.TemporaryDirectory() as folder:
                 changed = Path(folder) / graph.name
                 quantize_stage(source, name, changed, precision, target, [layer] if layer else [])
-                differences = compare_on_runs(source, {name: changed})[name]
+                [differences] = compare_on_runs(source, {(name, layer): changed}).values()
             snr = judge(differences, precision).snr
             found[layer] = snr if math.isfinite(snr) else math.copysign(1e3, snr)
             _write(kept, {"origin": origin, "snr_db": found})

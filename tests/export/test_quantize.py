@@ -31,7 +31,7 @@ from nova_export.export.passes.quantize import (  # noqa: E402
     linear_layers,
     quantize,
 )
-from nova_export.export.quantization import FloatSource, quantize_stage  # noqa: E402
+from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage  # noqa: E402
 from nova_export.export.sensitivity import rank_layers  # noqa: E402
 from nova_export.spec import Axis, Stage, Tensor  # noqa: E402
 from nova_export.targets import ENCODERS, PRECISIONS, TARGETS, find  # noqa: E402
@@ -195,6 +195,8 @@ def test_a_build_in_int8(golden_bundle: Callable[[str], Path], calibration: Path
         assert verified is not None and 20 < verified["snr_db"] < 60 and verified["layers"] > 3
     sizes = [(folder / "spatial_encoder.onnx.data").stat().st_size for folder in (out, whole)]
     assert sizes[0] < 0.32 * sizes[1]
+    kinds = {node.op_type for node in ir.load(bundle.path("spatial_encoder.onnx")).graph}
+    assert "MultiHeadAttention" in kinds and "Attention" not in kinds
     made = json.loads(
         nova_export(
             "verify",
@@ -244,9 +246,18 @@ def test_a_worse_recipe_is_refused_where_it_was_named(
 def test_and_elsewhere_the_stage_stays_in_fp32(
     calibration: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All three were judged in one pass of the loops."""
+    passes: list[set[str]] = []
+    compare = build_stage.compare_on_runs
+    monkeypatch.setattr(
+        build_stage,
+        "compare_on_runs",
+        lambda source, graphs: (passes.append({name for name, _ in graphs}), compare(source, graphs))[1],
+    )
     monkeypatch.setattr(quantization, "input_format", worse)
     with pytest.warns(UserWarning, match="stage spatial_encoder stays in fp32: z is not good enough in int8"):
         build_bundle(CHECKPOINT, out, precision="int8", calibration=calibration)
+    assert passes == [set(ENCODERS)]
     assert {entry.precision for entry in Bundle.open(out).stages.values()} == {"fp32"}
     refused = json.loads((out / "manifest.json").read_text())["stages"]["spatial_encoder"]["refused"]
     assert refused["precision"] == "int8" and refused["tensor"] == "z"
@@ -257,7 +268,7 @@ def test_a_calibration_of_another_checkpoint(
     calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is said before anything is built."""
-    monkeypatch.setattr(build, "build_stage", None)
+    monkeypatch.setattr(build, "build_stages", None)
     other = GOLDEN / "t2v" / "checkpoint"
     with pytest.raises(InputError, match="another checkpoint"):
         build_bundle(other, tmp_path / "b", precision="int8", calibration=calibration)
@@ -277,6 +288,28 @@ def test_layers_that_a_recipe_keeps(golden_bundle: Callable[[str], Path], tmp_pa
     assert layers() - layers("*.fc2") == blocks
     with pytest.raises(UsageError, match=r"no layer '\*\.fc3'; it has .*image_encoder\.blocks\.0\.mlp\.fc1"):
         layers("*.fc3")
+
+
+def test_forms_are_judged_together_as_each_alone(
+    golden_bundle: Callable[[str], Path], calibration: Path, tmp_path: Path
+) -> None:
+    """Two of one stage, which writes its caches in place, and one of another."""
+    source = FloatSource(Bundle.open(golden_bundle("t2i")), Statistics.load(calibration))
+    weights = find(PRECISIONS, "int8-weights")
+    graphs = {}
+    for name, form, patterns in (
+        ("temporal_encoder", "all", ()),
+        ("temporal_encoder", "some", ("*.fc1", "*.fc2")),
+        ("spatial_encoder", "all", ()),
+    ):
+        graphs[name, form] = tmp_path / form / f"{name}.onnx"
+        graphs[name, form].parent.mkdir(exist_ok=True)
+        quantize_stage(source, name, graphs[name, form], weights, TARGETS[0], patterns)
+    together = compare_on_runs(source, graphs)
+    for form, path in graphs.items():
+        assert together[form] == compare_on_runs(source, {form: path})[form]
+    all_, some = (together["temporal_encoder", form]["context"].snr for form in ("all", "some"))
+    assert some > all_ + 0.5
 
 
 def test_the_ranking_finds_the_layer_that_costs_the_most(
