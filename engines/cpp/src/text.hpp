@@ -19,6 +19,6 @@ bool decode_utf8(std::string_view bytes, Characters& into);
 bool is_utf8(std::string_view bytes);
 
 /// A text in quotes, as Python's repr shows it (but what is not ASCII stays as it is).
-std::string quoted(std::string_view text);
+std::string repr(std::string_view text);
 
 } // namespace nova
