@@ -116,7 +116,8 @@ class Pipeline {
   public:
     explicit Pipeline(const std::string& bundle, nova_load_options options = NOVA_LOAD_OPTIONS_INIT) {
         if (nova_abi_version() != NOVA_ABI_VERSION)
-            throw std::runtime_error("libnova_export is of another version than its header; compile against its own");
+            throw std::runtime_error(
+                "libnova_export is of another version than its header; compile against its own");
         nova_pipeline* made = nullptr;
         check(nova_load(bundle.c_str(), &options, &made));
         pipeline_.reset(made);
