@@ -39,6 +39,19 @@ std::int64_t whole(const std::string& name, const std::string& text) {
     throw UsageError(name + " is '" + text + "'; it must be a whole number");
 }
 
+std::uint64_t seed(const std::string& name, const std::string& text) {
+    if (text.rfind("-", 0) == 0) // as torch takes it: two's complement
+        return static_cast<std::uint64_t>(whole(name, text));
+    std::size_t used = 0;
+    try {
+        const auto value = std::stoull(text, &used);
+        if (used == text.size())
+            return value;
+    } catch (const std::exception&) {
+    }
+    throw UsageError(name + " is '" + text + "'; it must be a whole number of at most 64 bits");
+}
+
 double number(const std::string& name, const std::string& text) {
     std::size_t used = 0;
     try {
@@ -96,7 +109,7 @@ std::map<std::string, Option> options_of(Arguments& a) {
         {"--flow-shift", {"X", scale(o.flow_shift), "of flow-matching checkpoints"}},
         {"--motion-flow", {"X", scale(o.motion_flow), "mean optical-flow magnitude to ask for"}},
         {"--seed",
-         {"N", [&o](auto& name, auto& given) { o.seed = static_cast<std::uint64_t>(whole(name, given)); },
+         {"N", [&o](auto& name, auto& given) { o.seed = seed(name, given); },
           "draws as torch's CPU generator; a random one if not given"}},
         {"--device", {"NAME", text(a.device), "cpu, cuda, or a target that the bundle has engines for"}},
         {"--threads", {"N", small(a.load.threads), "of ONNX Runtime; 0 leaves their number to it"}},
@@ -168,15 +181,16 @@ void run(Arguments& arguments) {
                       << "/" << step.num_steps << "   " << std::flush;
             return true;
         };
-    std::vector<std::unique_ptr<media::Writer>> writers; // of each sample
+    const auto prompts = static_cast<std::int64_t>(options.prompts.size() + options.class_ids.size());
+    const auto samples = prompts * std::max<std::int64_t>(options.num_images_per_prompt, 0);
+    std::vector<std::unique_ptr<media::Writer>> writers; // opened before the work: what cannot be written shows now
+    for (std::int64_t sample = 0; sample < samples; ++sample)
+        writers.push_back(media::open_writer(path_of(arguments.output, sample, samples), info.height, info.width,
+                                             info.fps, arguments.ffmpeg));
     options.on_frame = [&](const nova_frame& frame) {
-        for (std::int64_t sample = 0; sample < frame.samples; ++sample) {
-            if (frame.index == 0)
-                writers.push_back(media::open_writer(path_of(arguments.output, sample, frame.samples),
-                                                     frame.height, frame.width, info.fps, arguments.ffmpeg));
+        for (std::int64_t sample = 0; sample < frame.samples; ++sample)
             writers[static_cast<std::size_t>(sample)]->write(frame.pixels +
                                                              sample * frame.height * frame.width * 3);
-        }
         return true;
     };
     const auto result = pipeline.generate(options);
