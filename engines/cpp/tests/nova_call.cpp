@@ -1,8 +1,8 @@
-// nova_call CALLS.json OUT: loads bundles and generates as the calls say, through nova_export.hpp; writes what came of
-// each to OUT/N.json, OUT/N.latents (float32) and OUT/N.frames (uint8).
+// nova_call CALLS.json OUT: loads bundles and generates as the calls say, through nova_export.hpp; writes
+// what came of each to OUT/N.json, OUT/N.latents (float32) and OUT/N.frames (uint8).
 //
-// A call: {"bundle": …, "load": {…}, "options": {…}, "cancel_at": [frame, step], "stream": true}. Calls in a row with
-// the same bundle and load share a pipeline.
+// A call: {"bundle": …, "load": {…}, "options": {…}, "cancel_at": [frame, step], "stream": true}. Calls in a
+// row with the same bundle and load share a pipeline.
 #include <filesystem>
 #include <fstream>
 #include <iostream>
