@@ -35,12 +35,6 @@ class Strict {
     std::vector<std::set<std::string>> keys_; // of the objects that are open
 };
 
-std::string shown(const Json& value) {
-    if (value.is_object()) return "an object";
-    if (value.is_array()) return "a list";
-    return value.dump();
-}
-
 /// How a key stands in a path of keys.
 std::string step(const std::string& key) {
     constexpr std::string_view plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
@@ -48,6 +42,12 @@ std::string step(const std::string& key) {
 }
 
 } // namespace
+
+std::string shown(const Json& value) {
+    if (value.is_object()) return "an object";
+    if (value.is_array()) return "a list";
+    return value.dump();
+}
 
 Json parse_json(std::string_view text, const std::string& where, ErrorCode code) {
     try {
