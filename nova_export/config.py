@@ -284,7 +284,7 @@ class NovaConfig:
     def from_dict(cls, data: Any, where: str = "config") -> NovaConfig:
         """The reverse of `to_dict`. Raises ValueError on another shape of data, or sizes that cannot be."""
         fields = {**read(Mapping[str, Any], data, where)}
-        for key in ("temporal", "spatial", "head"):
+        for key in fields.keys() & {"temporal", "spatial", "head"}:
             depth, width = field(tuple[int, int], data, key, where)
             fields[key] = {"depth": depth, "width": width}
         config: NovaConfig = read(cls, fields, where)

@@ -19,7 +19,7 @@ NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 def strict_json(text: str) -> Any:
     """A document. Raises ValueError: no JSON, a key twice, NaN, infinity, text that is no Unicode."""
-    data = json.loads(text, object_pairs_hook=_unique)
+    data = json.loads(text, object_pairs_hook=_unique, parse_int=_whole)
     json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     return data
 
@@ -132,3 +132,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"has the key {key!r} twice")
         made[key] = value
     return made
+
+
+def _whole(digits: str) -> int | float:
+    """What 64 bits do not hold is no whole number: in C++ it is none either."""
+    number = int(digits) if len(digits) < 25 else float(digits)
+    return number if -(2**63) <= number < 2**64 else float(digits)

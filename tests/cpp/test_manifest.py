@@ -1,8 +1,8 @@
 """C++ and Python read the same bundles alike: what one refuses the other does, with the same words.
 
-Every value of real manifests is removed, swapped for another kind, put out of range; files are changed as somebody
-hostile would. Differences that remain, each harmless: how a document that is no JSON is described is up to the
-parsers; C++ refuses documents of more than 64 MB or 100 levels, Python those that its own recursion limit forbids.
+Every value of real manifests is removed, swapped for another kind, put out of range; files are changed as
+somebody hostile would. Differences that remain, each harmless: how a document that is no JSON is described is
+up to the parsers; C++ refuses documents of more than 64 MB or 100 levels, Python what its recursion forbids.
 """
 
 from __future__ import annotations

@@ -106,10 +106,9 @@ std::vector<Field> Field::list(const char* wanted) const {
 }
 
 std::vector<std::int64_t> Field::pair() const {
-    std::vector<std::int64_t> values;
-    for (const auto& field : list("a list of 2")) values.push_back(field.whole());
-    if (values.size() != 2) wrong("a list of 2");
-    return values;
+    const auto fields = list("a list of 2");
+    if (fields.size() != 2) wrong("a list of 2");
+    return {fields[0].whole(), fields[1].whole()};
 }
 
 std::vector<std::string> Field::texts() const {
@@ -119,9 +118,9 @@ std::vector<std::string> Field::texts() const {
 }
 
 void Field::only(std::initializer_list<const char*> keys) const {
-    for (const auto& [key, field] : entries()) {
-        if (std::none_of(keys.begin(), keys.end(), [&](const char* known) { return key == known; })) {
-            refuse("has " + repr(key) + ", which is unknown");
+    for (const auto& entry : entries()) {
+        if (std::none_of(keys.begin(), keys.end(), [&](const char* known) { return entry.first == known; })) {
+            refuse("has " + repr(entry.first) + ", which is unknown");
         }
     }
 }
