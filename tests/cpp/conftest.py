@@ -33,6 +33,6 @@ def inspect(cpp_build: Path) -> Inspect:
         given = "".join(json.dumps(line) + "\n" for line in lines)
         done = subprocess.run([program, *command], input=given, capture_output=True, text=True, timeout=300)
         assert not done.stderr, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
 
     return ask

@@ -1,9 +1,8 @@
 #include "json.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <fstream>
-#include <set>
+#include <stdexcept>
 
 #include "text.hpp"
 
@@ -11,28 +10,61 @@ namespace nova {
 
 namespace {
 
-/// What JSON's grammar allows and a manifest does not have.
-class Strict {
+/// Builds a document as it is read, and refuses what JSON's grammar allows and a manifest does not have.
+class Builder final : public nlohmann::json_sax<Json> {
   public:
-    bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
-        if (depth > static_cast<int>(max_json_depth)) {
-            throw std::invalid_argument("deeper than " + std::to_string(max_json_depth) + " levels");
-        }
-        if (event == Json::parse_event_t::object_start) {
-            keys_.emplace_back();
-        } else if (event == Json::parse_event_t::object_end) {
-            keys_.pop_back();
-        } else if (event == Json::parse_event_t::key) {
-            const auto& key = parsed.get_ref<const std::string&>();
-            if (!keys_.back().insert(key).second) {
-                throw std::invalid_argument("has the key " + repr(key) + " twice");
-            }
-        }
+    Json document;
+
+    bool null() override { return add(nullptr); }
+    bool boolean(bool value) override { return add(value); }
+    bool number_integer(number_integer_t value) override { return add(value); }
+    bool number_unsigned(number_unsigned_t value) override { return add(value); }
+    bool number_float(number_float_t value, const string_t&) override { return add(value); }
+    bool string(string_t& value) override { return add(std::move(value)); }
+    bool binary(binary_t&) override { return false; }
+    bool start_object(std::size_t) override { return open(Json::object()); }
+    bool start_array(std::size_t) override { return open(Json::array()); }
+    bool end_object() override { return close(); }
+    bool end_array() override { return close(); }
+
+    bool key(string_t& name) override {
+        const auto [place, is_new] = open_.back()->get_ref<Json::object_t&>().emplace(std::move(name), nullptr);
+        if (!is_new) throw std::invalid_argument("has the key " + repr(place->first) + " twice");
+        value_ = &place->second;
         return true;
     }
 
+    bool parse_error(std::size_t, const std::string&, const Json::exception& error) override {
+        throw std::invalid_argument(error.what());
+    }
+
   private:
-    std::vector<std::set<std::string>> keys_; // of the objects that are open
+    bool add(Json value) {
+        if (open_.empty()) {
+            value_ = &document;
+        } else if (open_.back()->is_array()) {
+            value_ = &open_.back()->emplace_back();
+        }
+        *value_ = std::move(value);
+        return true;
+    }
+
+    bool open(Json value) {
+        if (open_.size() == max_json_depth) {
+            throw std::invalid_argument("deeper than " + std::to_string(max_json_depth) + " levels");
+        }
+        add(std::move(value));
+        open_.push_back(value_);
+        return true;
+    }
+
+    bool close() {
+        open_.pop_back();
+        return true;
+    }
+
+    std::vector<Json*> open_; // objects and lists that have not ended, the innermost last
+    Json* value_ = nullptr;   // where the next value goes, or the last one went
 };
 
 /// How a key stands in a path of keys.
@@ -52,9 +84,9 @@ std::string shown(const Json& value) {
 Json parse_json(std::string_view text, const std::string& where, ErrorCode code) {
     try {
         if (text.substr(0, 3) == "\xef\xbb\xbf") throw std::invalid_argument("begins with a byte order mark");
-        return Json::parse(text, Strict());
-    } catch (const Json::exception& error) {
-        throw Error(code, where + ": cannot be read as JSON (" + error.what() + "); copy the bundle again");
+        Builder builder;
+        Json::sax_parse(text, &builder);
+        return std::move(builder.document);
     } catch (const std::invalid_argument& error) {
         throw Error(code, where + ": cannot be read as JSON (" + error.what() + "); copy the bundle again");
     }
