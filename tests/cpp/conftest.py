@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import nova_export
 from nova_export.errors import NovaExportError
 from tests.conftest import GOLDEN
 
-ROOT = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[2]
 PROMPT = "a red circle moving right"
+Inspect = Callable[..., list[Any]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,23 @@ class Answer:
 @pytest.fixture(scope="session")
 def cpp() -> Path:
     """The folder of `make test-cpp`: release/, sanitized/, threads/."""
-    folder = ROOT / "build" / "cpp"
+    folder = REPOSITORY / "build" / "cpp"
     assert (folder / "release" / "tests" / "nova_call").exists(), "`make test-cpp` compiles what these tests run"
     return folder
+
+
+@pytest.fixture(scope="session")
+def inspect(cpp: Path) -> Inspect:
+    """What nova_inspect answers: inspect(command, arguments..., lines=values), one answer for each value."""
+
+    def ask(*command: str, lines: Iterable[Any] = ()) -> list[Any]:
+        given = "".join(json.dumps(line) + "\n" for line in lines)
+        program = [cpp / "release/tests/nova_inspect", *command]
+        done = subprocess.run(program, input=given, capture_output=True, text=True, timeout=300)
+        assert not done.stderr, done.stderr
+        return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
+
+    return ask
 
 
 @pytest.fixture(scope="session")

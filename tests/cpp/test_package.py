@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import nova_export
-from tests.cpp.conftest import PROMPT, ROOT
+from tests.cpp.conftest import PROMPT, REPOSITORY
 
 pytestmark = pytest.mark.cpp
 
@@ -61,7 +61,7 @@ def consumer(tmp_path: Path) -> Path:
 
 
 def test_cmake_finds_it_shared_and_static(cpp: Path, installed: Path, consumer: Path) -> None:
-    run("cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={installed}", f"-DONNXRUNTIME_ROOT={cpp / 'deps'}", cwd=consumer)
+    run("cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={installed}", f"-DONNXRUNTIME_REPOSITORY={cpp / 'deps'}", cwd=consumer)
     run("cmake", "--build", "build", cwd=consumer)
     for program in ("shared", "static"):
         assert run(consumer / "build" / program) == SAYS
@@ -90,7 +90,7 @@ def test_the_c_example_is_c_and_writes_the_first_frame(
 ) -> None:
     [library] = installed.rglob("libnova_export.so")
     strict = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{installed / 'include'}")
-    run("cc", *strict, ROOT / "engines/cpp/examples/minimal.c", library, "-o", tmp_path / "minimal")
+    run("cc", *strict, REPOSITORY / "engines/cpp/examples/minimal.c", library, "-o", tmp_path / "minimal")
     libraries = f"{library.parent}:{cpp / 'deps' / 'lib'}"
     run(tmp_path / "minimal", bundle("t2v"), PROMPT, tmp_path / "out.ppm", LD_LIBRARY_PATH=libraries)
     with nova_export.load(bundle("t2v")) as pipe:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cpp.conftest import PROMPT, ROOT, Call, in_cpp
+from tests.cpp.conftest import PROMPT, REPOSITORY, Call, in_cpp
 
 pytestmark = pytest.mark.cpp
 
 SHORT = {"prompts": [PROMPT], "seed": 1, "num_inference_steps": 3, "num_diffusion_steps": 3}
 # ONNX Runtime is not instrumented, and keeps some memory until the process ends.
-ENVIRONMENT = {"LSAN_OPTIONS": f"suppressions={ROOT / 'engines/cpp/tests/leaks.txt'}:print_suppressions=0"}
+ENVIRONMENT = {"LSAN_OPTIONS": f"suppressions={REPOSITORY / 'engines/cpp/tests/leaks.txt'}:print_suppressions=0"}
 
 
 def test_no_report_and_the_same_video(cpp: Path, bundle: Callable[[str], Path], tmp_path: Path) -> None:

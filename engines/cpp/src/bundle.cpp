@@ -26,8 +26,9 @@ void check_format(const Json& data, const std::string& file) {
     const Json version = data.is_object() ? data.value("format", Json()) : Json();
     if (version.is_number_integer() && version == format_version) return;
     const bool newer = version.is_number_integer() && version > format_version;
-    const std::string found = version.is_null() ? "None" : version.is_string() ? repr(version.get<std::string>())
-                                                                               : version.dump();
+    const std::string found = version.is_null()     ? "None"
+                              : version.is_string() ? repr(version.get<std::string>())
+                                                    : shown(version);
     refuse(file + ": has format " + found + "; this nova-export reads format " + std::to_string(format_version) +
            ": " + (newer ? "update nova-export" : "build it again"));
 }

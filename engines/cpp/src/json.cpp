@@ -1,9 +1,8 @@
 #include "json.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <fstream>
-#include <set>
+#include <stdexcept>
 
 #include "text.hpp"
 
@@ -11,35 +10,62 @@ namespace nova {
 
 namespace {
 
-/// What JSON's grammar allows and a manifest does not have.
-class Strict {
+/// Builds a document as it is read, and refuses what JSON's grammar allows and a manifest does not have.
+class Builder final : public nlohmann::json_sax<Json> {
   public:
-    bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
-        if (depth > static_cast<int>(max_json_depth)) {
-            throw std::invalid_argument("deeper than " + std::to_string(max_json_depth) + " levels");
-        }
-        if (event == Json::parse_event_t::object_start) {
-            keys_.emplace_back();
-        } else if (event == Json::parse_event_t::object_end) {
-            keys_.pop_back();
-        } else if (event == Json::parse_event_t::key) {
-            const auto& key = parsed.get_ref<const std::string&>();
-            if (!keys_.back().insert(key).second) {
-                throw std::invalid_argument("has the key " + repr(key) + " twice");
-            }
-        }
+    Json document;
+
+    bool null() override { return add(nullptr); }
+    bool boolean(bool value) override { return add(value); }
+    bool number_integer(number_integer_t value) override { return add(value); }
+    bool number_unsigned(number_unsigned_t value) override { return add(value); }
+    bool number_float(number_float_t value, const string_t&) override { return add(value); }
+    bool string(string_t& value) override { return add(std::move(value)); }
+    bool binary(binary_t&) override { return false; }
+    bool start_object(std::size_t) override { return open(Json::object()); }
+    bool start_array(std::size_t) override { return open(Json::array()); }
+    bool end_object() override { return close(); }
+    bool end_array() override { return close(); }
+
+    bool key(string_t& name) override {
+        const auto [place, is_new] = open_.back()->get_ref<Json::object_t&>().emplace(std::move(name), nullptr);
+        if (!is_new) throw std::invalid_argument("has the key " + repr(place->first) + " twice");
+        value_ = &place->second;
         return true;
     }
 
-  private:
-    std::vector<std::set<std::string>> keys_; // of the objects that are open
-};
+    bool parse_error(std::size_t, const std::string&, const Json::exception& error) override {
+        throw std::invalid_argument(error.what());
+    }
 
-std::string shown(const Json& value) {
-    if (value.is_object()) return "an object";
-    if (value.is_array()) return "a list";
-    return value.dump();
-}
+  private:
+    bool add(Json value) {
+        if (open_.empty()) {
+            value_ = &document;
+        } else if (open_.back()->is_array()) {
+            value_ = &open_.back()->emplace_back();
+        }
+        *value_ = std::move(value);
+        return true;
+    }
+
+    bool open(Json value) {
+        if (open_.size() == max_json_depth) {
+            throw std::invalid_argument("deeper than " + std::to_string(max_json_depth) + " levels");
+        }
+        add(std::move(value));
+        open_.push_back(value_);
+        return true;
+    }
+
+    bool close() {
+        open_.pop_back();
+        return true;
+    }
+
+    std::vector<Json*> open_; // objects and lists that have not ended, the innermost last
+    Json* value_ = nullptr;   // where the next value goes, or the last one went
+};
 
 /// How a key stands in a path of keys.
 std::string step(const std::string& key) {
@@ -49,12 +75,18 @@ std::string step(const std::string& key) {
 
 } // namespace
 
+std::string shown(const Json& value) {
+    if (value.is_object()) return "an object";
+    if (value.is_array()) return "a list";
+    return value.dump();
+}
+
 Json parse_json(std::string_view text, const std::string& where, ErrorCode code) {
     try {
         if (text.substr(0, 3) == "\xef\xbb\xbf") throw std::invalid_argument("begins with a byte order mark");
-        return Json::parse(text, Strict());
-    } catch (const Json::exception& error) {
-        throw Error(code, where + ": cannot be read as JSON (" + error.what() + "); copy the bundle again");
+        Builder builder;
+        Json::sax_parse(text, &builder);
+        return std::move(builder.document);
     } catch (const std::invalid_argument& error) {
         throw Error(code, where + ": cannot be read as JSON (" + error.what() + "); copy the bundle again");
     }
@@ -106,10 +138,9 @@ std::vector<Field> Field::list(const char* wanted) const {
 }
 
 std::vector<std::int64_t> Field::pair() const {
-    std::vector<std::int64_t> values;
-    for (const auto& field : list("a list of 2")) values.push_back(field.whole());
-    if (values.size() != 2) wrong("a list of 2");
-    return values;
+    const auto fields = list("a list of 2");
+    if (fields.size() != 2) wrong("a list of 2");
+    return {fields[0].whole(), fields[1].whole()};
 }
 
 std::vector<std::string> Field::texts() const {
@@ -119,9 +150,9 @@ std::vector<std::string> Field::texts() const {
 }
 
 void Field::only(std::initializer_list<const char*> keys) const {
-    for (const auto& [key, field] : entries()) {
-        if (std::none_of(keys.begin(), keys.end(), [&](const char* known) { return key == known; })) {
-            refuse("has " + repr(key) + ", which is unknown");
+    for (const auto& entry : entries()) {
+        if (std::none_of(keys.begin(), keys.end(), [&](const char* known) { return entry.first == known; })) {
+            refuse("has " + repr(entry.first) + ", which is unknown");
         }
     }
 }

@@ -28,6 +28,8 @@ Json parse_json(std::string_view text, const std::string& where, ErrorCode code 
 /// All of a file. Error(bundle) where it cannot be read, or has more than `most` bytes.
 std::string read_file(const std::filesystem::path& path, std::size_t most);
 
+std::string shown(const Json& value); ///< as JSON; of lists and objects only that they are
+
 /// A value within a document, and where it stands. Its Error(bundle)s say both; texts are those of typed.py.
 class Field {
   public:

@@ -90,18 +90,18 @@ void check_options(const Field& model) {
     for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"}) unused(name);
 }
 
-std::pair<std::string, std::string> merge_of(const Field& field) {
-    if (field.is_text()) {
-        const std::string both = field.text();
+/// The two tokens that a merge joins: "a b", or a list of them.
+std::pair<std::string_view, std::string_view> merge_of(const Json& merge) {
+    if (merge.is_string()) {
+        const std::string_view both = merge.get_ref<const std::string&>();
         const auto space = both.find(' ');
-        if (space == std::string::npos || both.find(' ', space + 1) != std::string::npos) {
-            field.wrong("two tokens with a space between them");
+        if (space != both.npos && both.find(' ', space + 1) == both.npos) {
+            return {both.substr(0, space), both.substr(space + 1)};
         }
-        return {both.substr(0, space), both.substr(space + 1)};
     }
-    auto parts = field.texts();
-    if (parts.size() != 2) field.wrong("a list of 2");
-    return {std::move(parts[0]), std::move(parts[1])};
+    const bool is_pair = merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string();
+    if (!is_pair) Field(merge, "model.merges").wrong("two tokens");
+    return {merge[0].get_ref<const std::string&>(), merge[1].get_ref<const std::string&>()};
 }
 
 /// Where the word that begins at a character ends: the pattern of GPT-2,
@@ -176,12 +176,14 @@ Vocabulary Tokenizer::Model::read_vocabulary(const Field& field) {
     if (!field.json().is_object()) field.wrong("an object");
     Vocabulary vocabulary;
     vocabulary.reserve(field.json().size());
-    std::unordered_set<std::uint32_t> ids;
+    std::vector<std::uint32_t> ids;
     for (auto token = field.json().begin(); token != field.json().end(); ++token) {
-        const std::uint32_t id = id_of(Field(token.value(), "vocab"));
-        if (!ids.insert(id).second) field.refuse("has the id " + std::to_string(id) + " twice");
-        vocabulary.emplace(token.key(), id);
+        ids.push_back(id_of(Field(token.value(), "model.vocab")));
+        vocabulary.emplace(token.key(), ids.back());
     }
+    std::sort(ids.begin(), ids.end());
+    const auto twice = std::adjacent_find(ids.begin(), ids.end());
+    if (twice != ids.end()) field.refuse("has the id " + std::to_string(*twice) + " twice");
     const auto characters = byte_characters();
     for (std::size_t byte = 0; byte < characters.size(); ++byte) {
         const auto found = vocabulary.find(characters[byte]);
@@ -192,7 +194,7 @@ Vocabulary Tokenizer::Model::read_vocabulary(const Field& field) {
 }
 
 void Tokenizer::Model::read_merges(const Field& field, const Vocabulary& vocabulary) {
-    const auto token = [&](const std::string& text) {
+    const auto token = [&](std::string_view text) {
         const auto found = vocabulary.find(text);
         if (found == vocabulary.end()) field.refuse("has " + repr(text) + ", which is not in the vocab");
         return found->second;
@@ -200,10 +202,12 @@ void Tokenizer::Model::read_merges(const Field& field, const Vocabulary& vocabul
     if (!field.json().is_array()) field.wrong("a list");
     merges.reserve(field.json().size());
     std::uint32_t rank = 0;
+    std::string joined;
     for (const Json& each : field.json()) {
         if (each.is_string() && each.get_ref<const std::string&>().rfind("#version", 0) == 0) continue;
-        const auto [left, right] = merge_of(Field(each, "model.merges"));
-        merges[pair_of(token(left), token(right))] = {rank++, token(left + right)};
+        const auto [left, right] = merge_of(each);
+        joined.assign(left).append(right);
+        merges[pair_of(token(left), token(right))] = {rank++, token(joined)};
     }
 }
 

@@ -1,7 +1,7 @@
 """Writes src/unicode_classes.inc: letters, numbers and white space as the `tokenizers` package has them.
 
-Asks the package itself about every code point: `python engines/cpp/tools/unicode_classes.py` after an update of
-it. tests/cpp/test_tokenizer.py compares the table with the package that is installed.
+Asks the package itself about every code point: `python engines/cpp/tools/unicode_classes.py`, after an update
+of it. tests/cpp/test_tokenizer.py compares the table with the package that is installed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def main() -> None:
         points = [point for point, _ in run]
         if name != "other":
             rows.append(f"{{0x{points[0]:x}, 0x{points[-1]:x}, CharacterClass::{name}}},")
-    head = f"// Written by tools/unicode_classes.py from tokenizers {tokenizers.__version__}: first, last, class.\n"
-    TABLE.write_text(head + "\n".join(rows) + "\n")
+    made_by = f"tools/unicode_classes.py from tokenizers {tokenizers.__version__}"
+    TABLE.write_text("\n".join([f"// Written by {made_by}: first, last, class.", *rows, ""]))
 
 
 if __name__ == "__main__":
