@@ -50,6 +50,14 @@ class Answer:
     told: dict[str, Any] = field(default_factory=dict)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of this folder is marked, and so runs only where something was compiled for it."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("cpp")
+
+
 @pytest.fixture(scope="session")
 def cpp() -> Path:
     """The folder of `make test-cpp`: release/, sanitized/, threads/."""

@@ -10,8 +10,6 @@ import pytest
 
 from tests.cpp.conftest import PROMPT, Call, in_cpp
 
-pytestmark = pytest.mark.cpp
-
 OPTIONS = {"prompts": [PROMPT], "seed": 1, "num_inference_steps": 3, "num_diffusion_steps": 2}
 
 

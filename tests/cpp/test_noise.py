@@ -10,8 +10,6 @@ import pytest
 
 from nova_export.runtime.noise import BLOCK, TorchGenerator
 
-pytestmark = pytest.mark.cpp
-
 
 @pytest.mark.parametrize("seed", [0, 1, -5, 2**32 - 1, 2**40 + 3])
 def test_same_seed_same_bits(seed: int, cpp: Path) -> None:

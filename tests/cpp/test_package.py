@@ -14,8 +14,6 @@ from PIL import Image
 import nova_export
 from tests.cpp.conftest import PROMPT, REPOSITORY
 
-pytestmark = pytest.mark.cpp
-
 PROGRAM = """
 #include <iostream>
 #include <nova_export.hpp>

@@ -11,8 +11,6 @@ import pytest
 
 from tests.cpp.conftest import PROMPT, Answer, Call, in_cpp, in_python, with_config
 
-pytestmark = pytest.mark.cpp
-
 LATENTS_TOLERANCE = 1e-4
 SHORT = {"prompts": [PROMPT], "seed": 1, "num_inference_steps": 3, "num_diffusion_steps": 4}
 VIDEO = {**SHORT, "max_latent_length": 3}

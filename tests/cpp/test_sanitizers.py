@@ -12,8 +12,6 @@ import pytest
 
 from tests.cpp.conftest import PROMPT, REPOSITORY, Call, in_cpp
 
-pytestmark = pytest.mark.cpp
-
 SHORT = {"prompts": [PROMPT], "seed": 1, "num_inference_steps": 3, "num_diffusion_steps": 3}
 # ONNX Runtime is not instrumented, and keeps some memory until the process ends.
 ENVIRONMENT = {"LSAN_OPTIONS": f"suppressions={REPOSITORY / 'engines/cpp/tests/leaks.txt'}:print_suppressions=0"}
