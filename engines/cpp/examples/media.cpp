@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <csignal>
+#include <fcntl.h>
 #include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -229,6 +230,8 @@ class FfmpegWriter : public Writer {
         int ends[2];
         if (pipe(ends) != 0)
             fail(path_, std::strerror(errno));
+        for (const int end : ends) // or the next ffmpeg would hold this one's pipe open
+            fcntl(end, F_SETFD, FD_CLOEXEC);
         std::vector<char*> arguments;
         for (auto& argument : command)
             arguments.push_back(argument.data());
@@ -236,8 +239,6 @@ class FfmpegWriter : public Writer {
         posix_spawn_file_actions_t actions;
         posix_spawn_file_actions_init(&actions);
         posix_spawn_file_actions_adddup2(&actions, ends[0], 0);
-        posix_spawn_file_actions_addclose(&actions, ends[0]);
-        posix_spawn_file_actions_addclose(&actions, ends[1]);
         const int failed =
             posix_spawnp(&process_, arguments[0], &actions, nullptr, arguments.data(), environ);
         posix_spawn_file_actions_destroy(&actions);
