@@ -2,8 +2,8 @@
 
     python benchmarks/cpp_speed.py BUNDLE PROGRAM [--turns 3]
 
-PROGRAM is nova_call of `make test-cpp` (build/cpp/release/tests/nova_call). Prints JSON: seconds of a first call,
-which loads and checks stages, and of a second; of the second the share that no stage accounts for.
+PROGRAM is nova_call of `make test-cpp` (build/cpp/release/tests/nova_call). Prints JSON: seconds of a first
+call, which loads and checks stages, and of a second; of the second the share that no stage accounts for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ print(json.dumps({"seconds": seconds, "stages": stages}))
 
 
 def python_run(bundle: Path, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", IN_PYTHON, str(bundle), json.dumps(OPTIONS), str(folder / "python.npz"), PROMPT]
+    command = [
+        sys.executable,
+        "-c",
+        IN_PYTHON,
+        str(bundle),
+        json.dumps(OPTIONS),
+        str(folder / "python.npz"),
+        PROMPT,
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(ran.stdout))
 

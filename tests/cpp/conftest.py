@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import nova_export
+from nova_export.demo import demo_checkpoint
 from nova_export.errors import NovaExportError
 from tests.conftest import GOLDEN
 
@@ -39,7 +40,7 @@ class Call:
 
 @dataclass
 class Answer:
-    """What came of a call: arrays, or an error with its exit code. told: what callbacks were told, and times."""
+    """What came of a call: arrays, or an error with its exit code. told: what callbacks got, and times."""
 
     latents: np.ndarray | None = None
     frames: np.ndarray | None = None
@@ -62,7 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cpp() -> Path:
     """The folder of `make test-cpp`: release/, sanitized/, threads/."""
     folder = REPOSITORY / "build" / "cpp"
-    assert (folder / "release" / "tests" / "nova_call").exists(), "`make test-cpp` compiles what these tests run"
+    assert (folder / "release" / "tests" / "nova_call").exists(), (
+        "`make test-cpp` compiles what these tests run"
+    )
     return folder
 
 
@@ -81,18 +84,17 @@ def inspect(cpp: Path) -> Inspect:
 
 
 @pytest.fixture(scope="session")
-def bundle(shared: Path) -> Callable[[str], Path]:
-    """The bundle of a checkpoint by its name, not verified. Treat it as read-only."""
+def bundle(shared: Path) -> Callable[..., Path]:
+    """The bundle of a checkpoint by its name and options of the build, not verified. It is read-only."""
 
-    def built(name: str) -> Path:
-        from nova_export.demo import demo_checkpoint
+    def built(name: str, **options: Any) -> Path:
         from nova_export.export.build import build_bundle
 
-        path = shared / name
+        path = shared / "-".join([name, *options])
         checkpoint = demo_checkpoint() if name == "demo" else GOLDEN / name / "checkpoint"
-        with (shared / f"{name}.lock").open("w") as lock:
+        with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the first process builds, others wait for it
-            return path if path.exists() else build_bundle(checkpoint, path, verify=False)
+            return path if path.exists() else build_bundle(checkpoint, path, verify=False, **options)
 
     return built
 
@@ -150,7 +152,7 @@ def in_python(call: Call) -> Answer:
     """The same call in the runtime that C++ has to agree with."""
     options = dict(call.options)
     prompt = options.pop("prompts", None) or options.pop("class_ids", [])
-    negative = options.pop("negative_prompts", None)
+    negative = options.pop("negative_prompts", None) or options.pop("negative_class_ids", None)
     try:
         with nova_export.load(call.bundle, **call.load) as pipe, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

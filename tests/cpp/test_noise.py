@@ -13,8 +13,15 @@ from nova_export.runtime.noise import BLOCK, TorchGenerator
 
 @pytest.mark.parametrize("seed", [0, 1, -5, 2**32 - 1, 2**40 + 3])
 def test_same_seed_same_bits(seed: int, cpp: Path) -> None:
-    """Blocks, partial blocks and single values in one stream; a single normal may be one float32 step apart."""
-    draws = [("uniform", 1000), ("normal", 4096), ("normal", 37), ("normal", 5), ("steps", 1500, 7), ("uniform", 3)]
+    """Blocks, partial blocks and single values in one stream; single normals may be a float32 step apart."""
+    draws = [
+        ("uniform", 1000),
+        ("normal", 4096),
+        ("normal", 37),
+        ("normal", 5),
+        ("steps", 1500, 7),
+        ("uniform", 3),
+    ]
     words = [str(word) for draw in draws for word in draw]
     ran = subprocess.run(
         [cpp / "release/tests/nova_noise", str(seed), *words], capture_output=True, check=True

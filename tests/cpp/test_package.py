@@ -59,7 +59,14 @@ def consumer(tmp_path: Path) -> Path:
 
 
 def test_cmake_finds_it_shared_and_static(cpp: Path, installed: Path, consumer: Path) -> None:
-    run("cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={installed}", f"-DONNXRUNTIME_REPOSITORY={cpp / 'deps'}", cwd=consumer)
+    run(
+        "cmake",
+        "-B",
+        "build",
+        f"-DCMAKE_PREFIX_PATH={installed}",
+        f"-DONNXRUNTIME_ROOT={cpp / 'deps'}",
+        cwd=consumer,
+    )
     run("cmake", "--build", "build", cwd=consumer)
     for program in ("shared", "static"):
         assert run(consumer / "build" / program) == SAYS
@@ -79,7 +86,11 @@ def test_it_exports_its_interface_and_nothing_else(installed: Path) -> None:
     lines = run("nm", "--dynamic", "--defined-only", "--extern-only", library).splitlines()
     exported = {line.split()[-1].split("@")[0] for line in lines} - {"NOVA_EXPORT_1"}
     header = (installed / "include" / "nova_export.h").read_text()
-    declared = {line.split("(")[0].split()[-1].lstrip("*") for line in header.splitlines() if line.startswith("NOVA_API")}
+    declared = {
+        line.split("(")[0].split()[-1].lstrip("*")
+        for line in header.splitlines()
+        if line.startswith("NOVA_API")
+    }
     assert exported == declared and all(name.startswith("nova_") for name in exported)
 
 
@@ -99,7 +110,9 @@ def test_the_c_example_is_c_and_writes_the_first_frame(
 @pytest.fixture(scope="module")
 def made(bundle: Callable[[str], Path]) -> np.ndarray:
     with nova_export.load(bundle("t2v")) as pipe:
-        frames: np.ndarray = pipe(PROMPT, max_latent_length=2, num_inference_steps=2, num_images_per_prompt=2, seed=1).frames
+        frames: np.ndarray = pipe(
+            PROMPT, max_latent_length=2, num_inference_steps=2, num_images_per_prompt=2, seed=1
+        ).frames
     return frames
 
 
@@ -155,7 +168,9 @@ def test_the_example_pipes_frames_to_ffmpeg(
     assert not list(tmp_path.glob("bad*"))
 
 
-def test_the_example_refuses_before_it_works(cpp: Path, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_example_refuses_before_it_works(
+    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
     for more, code, text in (
         (("-o", "out.avi"), 6, "must end in one of .mp4, .y4m, .png, .ppm"),
         (("-o", tmp_path / "no" / "out.png"), 6, "No such file or directory"),

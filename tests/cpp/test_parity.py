@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cpp.conftest import PROMPT, Answer, Call, in_cpp, in_python, with_config
+from tests.cpp.conftest import PROMPT, REPOSITORY, Answer, Call, in_cpp, in_python, with_config
 
+EXTRA = REPOSITORY / "tests" / "golden_extra"
 LATENTS_TOLERANCE = 1e-4
 SHORT = {"prompts": [PROMPT], "seed": 1, "num_inference_steps": 3, "num_diffusion_steps": 4}
 VIDEO = {**SHORT, "max_latent_length": 3}
@@ -46,8 +48,14 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 SCHEDULERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flow matching": (FLOW, {}),
     "flow shift": ({**FLOW, "shift": 2.0}, {"flow_shift": 3.0, "guidance_renorm": 0.5}),
-    "trailing": ({"beta_schedule": "linear", "timestep_spacing": "trailing", "prediction_type": "v_prediction"}, {}),
-    "linspace": ({"beta_schedule": "scaled_linear", "timestep_spacing": "linspace", "prediction_type": "sample"}, {}),
+    "trailing": (
+        {"beta_schedule": "linear", "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {},
+    ),
+    "linspace": (
+        {"beta_schedule": "scaled_linear", "timestep_spacing": "linspace", "prediction_type": "sample"},
+        {},
+    ),
     "sigmoid": ({"beta_schedule": "sigmoid", "steps_offset": 1, "variance_type": "fixed_large"}, {}),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, {}),
     "zero snr": (
@@ -70,7 +78,7 @@ def compare(cpp: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Ca
 
 
 def assert_alike(actual: Answer, expected: Answer, exact: bool) -> None:
-    """exact: else the norms behind guidance_renorm are summed in another order, and pixels may round apart."""
+    """exact: else the norms behind guidance_renorm are summed in another order; pixels may round apart."""
     assert (actual.error, actual.status) == (expected.error, expected.status)
     assert actual.latents is not None and expected.latents is not None
     assert actual.frames is not None and expected.frames is not None
@@ -102,8 +110,27 @@ def test_same_schedule(
 
 
 @pytest.mark.slow
-def test_demo(bundle: Callable[[str], Path], compare: Callable[[Call], None]) -> None:
+def test_demo(bundle: Callable[..., Path], compare: Callable[[Call], None]) -> None:
     compare(Call(bundle("demo"), {"prompts": [PROMPT], "seed": 1, "max_latent_length": 9}))
+
+
+@pytest.mark.slow
+def test_the_decoder_in_pieces(bundle: Callable[..., Path], compare: Callable[[Call], None]) -> None:
+    """Seven latents: two tiles, and pieces that lie between doubled frames."""
+    compare(Call(bundle("t2v", lean_decode=True), {**SHORT, "max_latent_length": 7}))
+
+
+@pytest.mark.slow
+def test_classes(compare: Callable[[Call], None], tmp_path: Path) -> None:
+    from nova_export.export.build import build_bundle
+    from reference_model.init import init_checkpoint
+
+    case = json.loads((EXTRA / "class_conditional_negative.json").read_text())
+    checkpoint = init_checkpoint(**case["init"], out=tmp_path / "checkpoint")
+    made = build_bundle(checkpoint, tmp_path / "bundle", verify=False)
+    classes = {**SHORT, "prompts": [], "class_ids": [7, 0], "num_images_per_prompt": 2}
+    compare(Call(made, classes))
+    compare(Call(made, {**classes, "negative_class_ids": [3, 5], "min_guidance_scale": 2.0}))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +152,9 @@ def test_demo(bundle: Callable[[str], Path], compare: Callable[[Call], None]) ->
     ],
     ids=lambda options: ", ".join(options),
 )
-def test_same_refusal(options: dict[str, Any], cpp: Path, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_same_refusal(
+    options: dict[str, Any], cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
     given = {key: value for key, value in {**VIDEO, **options}.items() if value is not None}
     call = Call(bundle("t2v"), given)
     [actual], expected = in_cpp(cpp / "release/tests/nova_call", [call], tmp_path), in_python(call)

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.cpp.conftest import PROMPT, REPOSITORY, Call, in_cpp
 
 SHORT = {"prompts": [PROMPT], "seed": 1, "num_inference_steps": 3, "num_diffusion_steps": 3}
 # ONNX Runtime is not instrumented, and keeps some memory until the process ends.
-ENVIRONMENT = {"LSAN_OPTIONS": f"suppressions={REPOSITORY / 'engines/cpp/tests/leaks.txt'}:print_suppressions=0"}
+ENVIRONMENT = {
+    "LSAN_OPTIONS": f"suppressions={REPOSITORY / 'engines/cpp/tests/leaks.txt'}:print_suppressions=0"
+}
 
 
 def test_no_report_and_the_same_video(cpp: Path, bundle: Callable[[str], Path], tmp_path: Path) -> None:
@@ -27,7 +28,9 @@ def test_no_report_and_the_same_video(cpp: Path, bundle: Callable[[str], Path], 
         Call(of, {**video, "max_latent_length": 2}, image=image),
         Call(of, video, cancel_at=(0, 1)),
         Call(of, {**video, "guidance_renorm": 7.0}),
-        Call(of, {**SHORT, "prompts": ["\u4e2d\U0001f600 e\u0301 " * 300]}, {"low_memory": True, "vae_tile": 5}),
+        Call(
+            of, {**SHORT, "prompts": ["\u4e2d\U0001f600 e\u0301 " * 300]}, {"low_memory": True, "vae_tile": 5}
+        ),
         Call(tmp_path / "nowhere", SHORT),
     ]
     kinds = ("release", "sanitized")
