@@ -12,7 +12,12 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 DEMO_CHECKPOINT := reference_model/demo/checkpoint
 DEMO_PROMPT := a red circle moving right
 
-.PHONY: help demo demo-train eval test slow test-engines lint format bench clean
+CPP := build/cpp
+CPP_TESTS := "cpp and not slow"
+CONFIGURE = cmake -S engines/cpp -D NOVA_DEPENDENCIES=$(CURDIR)/$(CPP)/deps -D NOVA_TESTS=ON -D CMAKE_CXX_FLAGS=-Werror
+SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS_DEBUG="-O1 -g1"
+
+.PHONY: help demo demo-train eval test slow test-engines test-cpp lint format bench clean
 
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
@@ -20,6 +25,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make slow    the heavy tests only"
 	@echo "make test-engines  all that compiles engines, heavy ones too"
+	@echo "make test-cpp  compile and test the C++ library, its sanitizer builds too"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff sort imports and format"
 	@echo "make bench   time the demo bundle on this machine"
@@ -41,10 +47,24 @@ test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not cpp"
 
 test-engines: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "slow or not slow" tests/engine
+
+# Three builds: as released, with AddressSanitizer and UBSan, with ThreadSanitizer.
+test-cpp: $(VENV)/dev.stamp $(CPP)/deps/stamp
+	$(CONFIGURE) -B $(CPP)/release -D NOVA_STATIC=ON
+	$(CONFIGURE) -B $(CPP)/sanitized $(SANITIZED) -D NOVA_SANITIZE=address,undefined
+	$(CONFIGURE) -B $(CPP)/threads $(SANITIZED) -D NOVA_SANITIZE=thread
+	for kind in release sanitized threads; do cmake --build $(CPP)/$$kind -j "$$(nproc)" || exit; done
+	for kind in release sanitized threads; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m $(CPP_TESTS) tests/cpp
+
+$(CPP)/deps/stamp: engines/cpp/fetch_onnxruntime.sh engines/cpp/fetch_json.sh $(VENV)/dev.stamp
+	PYTHON=$(BIN)/python engines/cpp/fetch_onnxruntime.sh $(CPP)/deps
+	engines/cpp/fetch_json.sh $(CPP)/deps
+	@touch $@
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

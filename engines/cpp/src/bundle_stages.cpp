@@ -46,7 +46,7 @@ BundleStages::BundleStages(const Bundle& bundle, const DeviceOptions& options)
     if (on_graphs())
         ort_ = open_ort();
     else if (!bundle.engines.count(device_))
-        throw Error(ErrorCode::usage, "device " + nova::repr(device_) + ": this bundle runs on " +
+        throw Error(ErrorCode::usage, "device " + repr(device_) + ": this bundle runs on " +
                                           devices_of(bundle) + "; `nova-export engines " +
                                           bundle.folder.string() + " --target TARGET` adds others");
     else
@@ -61,7 +61,7 @@ const StageSpec& BundleStages::spec(const std::string& stage) const {
     const auto& engines = bundle_.engines.at(device_);
     const auto found = engines.find(stage);
     if (found == engines.end())
-        throw Error(ErrorCode::bundle, bundle_.folder.string() + ": has no engine of " + nova::repr(stage) +
+        throw Error(ErrorCode::bundle, bundle_.folder.string() + ": has no engine of " + repr(stage) +
                                            " for " + device_ + "; `nova-export engines` compiles it");
     return found->second.spec;
 }

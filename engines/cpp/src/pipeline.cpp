@@ -22,7 +22,8 @@ class TileDecoder {
             if (listener_.on_frames)
                 listener_.on_frames(frames, count_);
             count_ += frames.count;
-            parts_.push_back(std::move(frames));
+            if (listener_.keep_frames)
+                parts_.push_back(std::move(frames));
         }
     }
 
@@ -76,7 +77,8 @@ Output Pipeline::generate(const Request& request, const Listener& listener) {
             frame_done(step.latents);
     });
     decoder.decode(output.latents);
-    output.frames = decoder.all();
+    if (listener.keep_frames)
+        output.frames = decoder.all();
     return output;
 }
 

@@ -19,6 +19,7 @@ struct Listener {
     /// Frames of a tile as soon as it is decoded, `first` of them before it. None: decoded when all latents
     /// are there.
     std::function<void(const Frames&, std::int64_t first)> on_frames;
+    bool keep_frames = true; ///< false: `on_frames` takes them all, and the output has none
 };
 
 struct Output {

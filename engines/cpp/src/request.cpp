@@ -35,7 +35,7 @@ Prompts checked(const char* name, const Prompts& given, const Config& config, st
             ErrorCode::input,
             std::string(name) + " must be " + (classes ? "a class id (int)" : "text (str)") +
                 " for this checkpoint, not " +
-                (classes ? nova::repr(given.texts.front()) : std::to_string(given.class_ids.front())));
+                (classes ? repr(given.texts.front()) : std::to_string(given.class_ids.front())));
     for (const auto& text : given.texts)
         if (!is_utf8(text))
             throw Error(ErrorCode::input, std::string(name) + " is no text: it has bytes that are not UTF-8");
