@@ -13,11 +13,13 @@ DEMO_CHECKPOINT := reference_model/demo/checkpoint
 DEMO_PROMPT := a red circle moving right
 
 CPP := build/cpp
+FUZZ_CXX ?= $(shell command -v clang++ || command -v c++)
+FUZZ_RUNS ?= 1000000
 CPP_TESTS := "cpp and not slow"
 CONFIGURE = cmake -S engines/cpp -D NOVA_DEPENDENCIES=$(CURDIR)/$(CPP)/deps -D NOVA_TESTS=ON -D CMAKE_CXX_FLAGS=-Werror
 SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS_DEBUG="-O1 -g1"
 
-.PHONY: help demo demo-train eval test slow test-engines test-cpp lint format bench clean
+.PHONY: help demo demo-train eval test slow test-engines test-cpp fuzz lint format bench clean
 
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
@@ -26,6 +28,7 @@ help:
 	@echo "make slow    the heavy tests only"
 	@echo "make test-engines  all that compiles engines, heavy ones too"
 	@echo "make test-cpp  compile and test the C++ library, its sanitizer builds too"
+	@echo "make fuzz    a million made-up manifests, and prompts with tokenizers, for the C++ library"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff sort imports and format"
 	@echo "make bench   time the demo bundle on this machine"
@@ -59,7 +62,14 @@ test-cpp: $(VENV)/dev.stamp $(CPP)/deps/stamp
 	$(CONFIGURE) -B $(CPP)/threads $(SANITIZED) -D NOVA_SANITIZE=thread
 	for kind in release sanitized threads; do cmake --build $(CPP)/$$kind -j "$$(nproc)" || exit; done
 	for kind in release sanitized threads; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
+	$(MAKE) --no-print-directory fuzz FUZZ_RUNS=20000
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m $(CPP_TESTS) tests/cpp
+
+# Clang has libFuzzer: make fuzz FUZZ_CXX=clang++. With GCC the corpus is mutated blindly.
+fuzz: $(CPP)/deps/stamp
+	cmake -S engines/cpp/fuzz -B $(CPP)/fuzz -D NOVA_DEPENDENCIES=$(CURDIR)/$(CPP)/deps -D CMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	cmake --build $(CPP)/fuzz -j "$$(nproc)"
+	engines/cpp/fuzz/run.sh $(CPP)/fuzz $(FUZZ_RUNS)
 
 $(CPP)/deps/stamp: engines/cpp/fetch_onnxruntime.sh engines/cpp/fetch_json.sh $(VENV)/dev.stamp
 	PYTHON=$(BIN)/python engines/cpp/fetch_onnxruntime.sh $(CPP)/deps

@@ -138,21 +138,6 @@ bool starts_with(const fs::path& path, const fs::path& root) {
     return std::mismatch(root.begin(), root.end(), path.begin(), path.end()).first == root.end();
 }
 
-void check_file(const fs::path& folder, const fs::path& root, const std::string& path, const FileEntry& entry) {
-    std::error_code failed;
-    const fs::path place = folder / path;
-    if (is_inside(path) && !starts_with(fs::weakly_canonical(place, failed), root) && !failed) {
-        refuse(folder.string() + ": the manifest names " + repr(path) + ", outside the bundle; do not trust it");
-    }
-    const bool is_file = !failed && fs::is_regular_file(place, failed);
-    const auto size = is_file ? fs::file_size(place, failed) : 0;
-    if (!is_file || failed) refuse(place.string() + ": missing; copy the bundle again or build it again");
-    if (size != entry.size) {
-        refuse(place.string() + ": has " + std::to_string(size) + " bytes, must have " + std::to_string(entry.size) +
-               "; copy or build it again");
-    }
-}
-
 /// `name` beside the file at `path`, without the "." and "//" that Python's PurePosixPath leaves out too.
 std::string beside(const std::string& path, const std::string& name) {
     if (!name.empty() && name[0] == '/') return name;
@@ -166,6 +151,22 @@ std::string beside(const std::string& path, const std::string& name) {
         at = end + 1;
     }
     return plain.empty() ? "." : plain;
+}
+
+void check_file(const fs::path& folder, const fs::path& root, const std::string& path, const FileEntry& entry) {
+    std::error_code failed;
+    const std::string plain = beside("", path);
+    const fs::path place = plain == "." ? folder : folder / plain;
+    if (is_inside(path) && !starts_with(fs::weakly_canonical(place, failed), root) && !failed) {
+        refuse(folder.string() + ": the manifest names " + repr(path) + ", outside the bundle; do not trust it");
+    }
+    const bool is_file = !failed && fs::is_regular_file(place, failed);
+    const auto size = is_file ? fs::file_size(place, failed) : 0;
+    if (!is_file || failed) refuse(place.string() + ": missing; copy the bundle again or build it again");
+    if (size != entry.size) {
+        refuse(place.string() + ": has " + std::to_string(size) + " bytes, must have " + std::to_string(entry.size) +
+               "; copy or build it again");
+    }
 }
 
 } // namespace

@@ -35,7 +35,9 @@ class Builder final : public nlohmann::json_sax<Json> {
     }
 
     bool parse_error(std::size_t, const std::string&, const Json::exception& error) override {
-        throw std::invalid_argument(error.what());
+        std::string what = error.what(); // quotes the text, which need not be UTF-8
+        if (!is_utf8(what)) what = "is not UTF-8";
+        throw std::invalid_argument(what);
     }
 
   private:
