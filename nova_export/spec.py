@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from nova_export.errors import StageError
+from nova_export.typed import read, refusal, step, wrong
+
+DTYPES = ("float32", "int64", "bool", "float16")
+MAX_SIZE = 2**31 - 1  # of one dimension
 
 
 class ArrayLike(Protocol):
@@ -128,15 +132,38 @@ class Stage:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Stage:
-        """The reverse of `to_dict`. Raises KeyError or TypeError on another shape of data."""
-        fields = dict(data)
-        for key in ("prefixes", "arguments"):
-            fields[key] = tuple(fields.get(key, ()))
-        for key in ("inputs", "outputs"):
-            fields[key] = tuple(Tensor(**{**t, "shape": tuple(t["shape"])}) for t in fields[key])
-        fields["axes"] = tuple(Axis(**axis) for axis in fields["axes"])
-        return cls(**fields)
+    def from_dict(cls, data: Any, where: str = "") -> Stage:
+        """The reverse of `to_dict`. Raises ValueError on another shape of data."""
+        stage: Stage = read(cls, data, where)
+        stage._check_sizes(where)
+        stage._check_names(where)
+        return stage
+
+    def _check_sizes(self, where: str) -> None:
+        for kind in ("inputs", "outputs"):
+            for index, tensor in enumerate(getattr(self, kind)):
+                here = step(step(where, kind), str(index))
+                if tensor.dtype not in DTYPES:
+                    raise wrong(tensor.dtype, "float32, int64, bool or float16", step(here, "dtype"))
+                for place, size in enumerate(tensor.shape):
+                    if isinstance(size, int) and size > MAX_SIZE:
+                        raise wrong(size, f"0 to {MAX_SIZE}", step(step(here, "shape"), str(place)))
+        for index, axis in enumerate(self.axes):
+            if axis.max > MAX_SIZE:
+                raise wrong(axis.max, f"0 to {MAX_SIZE}", step(step(step(where, "axes"), str(index)), "max"))
+
+    def _check_names(self, where: str) -> None:
+        """That names are used once, and those that shapes and aliases use are there."""
+        for all_named in (self.axes, self.inputs, self.outputs):
+            names = [each.name for each in all_named]
+            for index, name in enumerate(names):
+                if name in names[:index]:
+                    raise refusal(f"has {name!r} twice", where)
+        used = {size for tensor in self.inputs for size in tensor.shape if isinstance(size, str)}
+        aliases = {tensor.alias for tensor in self.outputs if tensor.alias}
+        for kind, wanted in (("axes", used), ("inputs", aliases)):
+            if missing := wanted - {each.name for each in getattr(self, kind)}:
+                raise refusal(f"has no {min(missing)!r}", step(where, kind))
 
 
 def _show(shape: tuple[int | str, ...]) -> str:

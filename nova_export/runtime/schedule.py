@@ -33,10 +33,15 @@ class Schedule:
     draws_noise: NDArray[np.bool_]  # (T,)
 
     def frequencies(self) -> Floats:
-        """(T, 256): cos, then sin, of each timestep times 128 frequencies 10000^(-i/128)."""
+        """(T, 256): cos, then sin, of each timestep times 128 frequencies 10000^(-i/128).
+
+        float32 where the published code rounds to it; the functions in double, for numpy's in float32 differ
+        from one CPU to the next, and from those of C.
+        """
         half = FREQUENCIES // 2
         step = F32(-math.log(10000) / half)
-        angles = self.timesteps[:, None] * np.exp(np.arange(half, dtype=F32) * step)
+        frequencies = np.exp((np.arange(half, dtype=F32) * step).astype(np.float64)).astype(F32)
+        angles = (self.timesteps[:, None] * frequencies).astype(np.float64)
         return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(F32)
 
 
