@@ -66,6 +66,12 @@ class MemoryShortage(NovaExportError):
     exit_code = 10
 
 
+class ServerError(NovaExportError):
+    """A server that cannot be reached, or does not answer as it should."""
+
+    exit_code = 11
+
+
 class Cancelled(NovaExportError):
     """The caller's callback, or Ctrl-C, stopped the work. Nothing was written."""
 
