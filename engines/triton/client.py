@@ -1,10 +1,10 @@
 """A client of the `nova` model: frames as the server sends them, over gRPC. Needs the `triton` extra.
 
-    python -m engines.triton.client "a red circle moving right" --url 127.0.0.1:8001 --seed 1 -o out.gif
+python -m engines.triton.client "a red circle moving right" --url 127.0.0.1:8001 --seed 1 -o out.gif
 
-    for answer in stream("127.0.0.1:8001", prompt="a red circle moving right", max_latent_length=3, seed=1):
-        if answer.frame is not None:
-            show(answer.frame[0])
+for answer in stream("127.0.0.1:8001", prompt="a red circle moving right", max_latent_length=3, seed=1):
+    if answer.frame is not None:
+        show(answer.frame[0])
 """
 
 from __future__ import annotations

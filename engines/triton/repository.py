@@ -131,19 +131,22 @@ def most_frames(config: NovaConfig, temporal: Stage) -> int:
 
 def batch_axis(stage: Stage) -> Axis | None:
     """The axis that leads every input and output: along it Triton may put requests together."""
-    leads = {tensor.shape[0] for tensor in (*stage.inputs, *stage.outputs)}
-    (lead, *others) = leads
-    return stage.axis(lead) if not others and isinstance(lead, str) else None
+    tensors = (*stage.inputs, *stage.outputs)
+    lead, *others = {tensor.shape[0] for tensor in tensors}
+    if others or isinstance(lead, int) or stage.axis(lead).min > 1:
+        return None
+    # Triton wants an axis behind that of the batch.
+    return stage.axis(lead) if all(len(tensor.shape) > 1 for tensor in tensors) else None
 
 
 def stage_config(stage: Stage, serving: Serving, file: str) -> dict[str, Any]:
-    """config.pbtxt of a stage's model. Batched where the stage has a batch axis that begins at one."""
+    """config.pbtxt of a stage's model, batched where the stage has an axis for it."""
     axis = batch_axis(stage)
-    batches = axis is not None and axis.min == 1
+    batches = axis is not None
     gpu = serving.device != "cpu"
     config: dict[str, Any] = {
         "name": f"{serving.name}_{stage.name}",
-        "max_batch_size": axis.max if axis is not None and batches else 0,
+        "max_batch_size": axis.max if axis is not None else 0,
         "input": [_tensor(tensor, batches) for tensor in stage.inputs],
         "output": [_tensor(tensor, batches) for tensor in stage.outputs],
         "instance_group": [{"count": 1, "kind": Enum("KIND_GPU" if gpu else "KIND_CPU")}],
@@ -174,10 +177,10 @@ def nova_config(bundle: Bundle, serving: Serving) -> dict[str, Any]:
         "max_batch_size": serving.max_batch,
         "model_transaction_policy": {"decoupled": True},
         "input": [
-            {**_tensor(tensor, batched=True), **({} if tensor.name == "prompt" else {"optional": True})}
+            {**_tensor(tensor), **({} if tensor.name == "prompt" else {"optional": True})}
             for tensor in of_request
         ],
-        "output": [_tensor(tensor, batched=True) for tensor in OUTPUTS],
+        "output": [_tensor(tensor) for tensor in OUTPUTS],
         "instance_group": [{"count": serving.loops, "kind": Enum("KIND_GPU" if gpu else "KIND_CPU")}],
         "dynamic_batching": {
             "max_queue_delay_microseconds": round(serving.gather * MICROSECONDS),
@@ -194,11 +197,9 @@ def nova_config(bundle: Bundle, serving: Serving) -> dict[str, Any]:
     }
 
 
-def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
-    """Within config.pbtxt. Where the model is batched, Triton adds the first axis itself."""
-    named = any(isinstance(size, str) for size in tensor.shape)
-    shape = tensor.shape[1:] if batched and named else tensor.shape
-    dims = [size if isinstance(size, int) else -1 for size in shape]
+def _tensor(tensor: Tensor, batched: bool = False) -> dict[str, Any]:
+    """Within config.pbtxt. batched: its first axis is that of the batch, which Triton adds itself."""
+    dims = [size if isinstance(size, int) else -1 for size in tensor.shape[batched:]]
     return {"name": tensor.name, "data_type": Enum(DATA_TYPES[tensor.dtype]), "dims": dims}
 
 

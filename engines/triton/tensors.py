@@ -105,7 +105,7 @@ def _check(wanted: Tensor, array: Array, prompts: int) -> None:
 
 
 def _common_row(name: str, array: Array) -> Array:
-    if not (array == array[:1]).all():
+    if len(array) > 1 and not (array == array[:1]).all():
         raise InputError(f"input {name!r} differs between prompts of one request; send them one by one")
     row: Array = array[0]
     return row

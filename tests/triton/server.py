@@ -88,7 +88,9 @@ def triton(
         "--allow-gpu-metrics=false --exit-timeout-secs=2 --exit-on-error=false",
     ]
     command = [part for each in command for part in str(each).split(" ")]
-    bins = str(Path(sys.executable).parent)  # the stub takes its packages from the python that is first in PATH
+    bins = str(
+        Path(sys.executable).parent
+    )  # the stub takes its packages from the python that is first in PATH
     environment = {
         **os.environ,
         "PATH": f"{bins}:{os.environ['PATH']}",
