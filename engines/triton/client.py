@@ -56,7 +56,7 @@ def stream(
     Stop reading, and the server stops. timeout: seconds to wait for each answer. is_cancelled: asked while
     waiting. Raises ServerError with what the server says, or where it says nothing in time.
     """
-    grpc = _grpc()
+    grpc = grpc_module()
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with grpc.InferenceServerClient(url) as client:
         ended = False
@@ -128,7 +128,8 @@ def _answer(result: Any) -> Answer:
     return Answer(**values)
 
 
-def _grpc() -> Any:
+def grpc_module() -> Any:
+    """`tritonclient.grpc`. Raises DependencyError where it is not installed."""
     try:
         import tritonclient.grpc as grpc
     except ImportError as error:

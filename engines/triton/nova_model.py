@@ -1,7 +1,7 @@
 """The `nova` model of a Triton repository: a decoupled python model that streams frames.
 
-`nova-export package triton` copies this file. Beside it lies a bundle, or what is left of one when the stages are
-models of their own.
+`nova-export package triton` copies this file. Beside it lies a bundle, or what is left of one when the
+stages are models of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from engines.triton.service import Array, Limits, Service, timed
+from engines.triton.service import Limits, Service, timed
+from engines.triton.tensors import Array
 from nova_export.bundle import Bundle
 from nova_export.config import NovaConfig
 from nova_export.errors import StageError

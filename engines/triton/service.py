@@ -1,6 +1,6 @@
 """What the `nova` model does with requests: groups them, runs each group through the loops, streams answers.
 
-Knows nothing of Triton: a `Caller` stands for whoever waits for answers, and all of this is tested without it.
+Knows nothing of Triton: a `Caller` stands for whoever waits for answers, and all is tested without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""nova_export.runtime.joint: requests that go through the loops together get what they would have had alone."""
+"""nova_export.runtime.joint: requests that share a loop get what they would have had alone."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_frames_of_one_that_is_not_wanted_are_not_decoded() -> None:
 
 def test_what_is_wrong_with_a_request_shows_before_the_loops() -> None:
     made = Fixture()
-    with pytest.raises(InputError, match="no-image.png does not exist"):
+    with pytest.raises(InputError, match=r"no-image\.png does not exist"):
         made.pipe.prepare(Request("a", image="no-image.png", **SHORT), TorchGenerator(0))
     assert made.count("temporal_encoder") == 0
 
