@@ -13,7 +13,7 @@ from typing import Any
 from engines.triton.client import grpc_module, stream
 from nova_export.errors import ServerError
 
-CANARY: dict[str, Any] = {"max_latent_length": 1, "num_inference_steps": 1, "num_diffusion_steps": 1, "seed": 0}
+CANARY: dict[str, Any] = {"num_inference_steps": 1, "num_diffusion_steps": 1, "seed": 0}
 DATA_TYPE_OF_CLASSES = 9  # TYPE_INT64 in Triton's own numbering
 
 

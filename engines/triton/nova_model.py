@@ -7,6 +7,7 @@ stages are models of their own.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         given = {name: value["string_value"] for name, value in config["parameters"].items()}
         folder = Path(args["model_repository"]) / args["model_version"]
-        meter = Metrics(args["model_name"])
+        meter = self._meter = Metrics(args["model_name"])
         if given["stages"] == "models":
             self._pipe = pipeline_over_models(folder, args["model_name"], lambda get: timed(get, meter))
         else:
@@ -46,6 +47,7 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> None:
         self._service.serve([TritonCaller(request) for request in requests])
+        self._meter.tell()
 
     def finalize(self) -> None:
         self._pipe.close()
@@ -127,44 +129,58 @@ class TritonCaller:
         return bool(self._sender.is_cancelled())
 
 
+FAMILIES = {
+    "nova_stage_seconds": "Time in calls of a stage",
+    "nova_stage_calls": "Calls of a stage",
+    "nova_requests": "Requests that ended, by how",
+    "nova_frames": "Frames sent",
+    "nova_running": "Requests in the loops now",
+}
+GAUGES = ("nova_running",)
+
+
 class Metrics:
-    """Times and counts, among the server's own at /metrics."""
+    """Times and counts, among the server's own at /metrics.
+
+    They are kept here while a loop runs, and told at its begin and end: telling takes locks in memory that the
+    server shares, and a process that is killed while it holds one takes the server with it.
+    """
 
     def __init__(self, model: str) -> None:
-        family = pb_utils.MetricFamily
         self._labels = {"model": model}
-        self._kinds = {
-            "nova_stage_seconds": family(
-                name="nova_stage_seconds", description="Time in calls of a stage", kind=family.COUNTER
-            ),
-            "nova_stage_calls": family(
-                name="nova_stage_calls", description="Calls of a stage", kind=family.COUNTER
-            ),
-            "nova_requests": family(
-                name="nova_requests", description="Requests that ended, by how", kind=family.COUNTER
-            ),
-            "nova_frames": family(name="nova_frames", description="Frames sent", kind=family.COUNTER),
-            "nova_running": family(
-                name="nova_running", description="Requests in the loops now", kind=family.GAUGE
-            ),
+        self._families = {
+            name: pb_utils.MetricFamily(
+                name=name,
+                description=text,
+                kind=pb_utils.MetricFamily.GAUGE if name in GAUGES else pb_utils.MetricFamily.COUNTER,
+            )
+            for name, text in FAMILIES.items()
         }
-        self._metrics: dict[tuple[str, ...], Any] = {}
-
-    def _of(self, family: str, **labels: str) -> Any:
-        key = (family, *labels.values())
-        if key not in self._metrics:
-            self._metrics[key] = self._kinds[family].Metric(labels={**self._labels, **labels})
-        return self._metrics[key]
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._untold: dict[tuple[str, str], float] = defaultdict(float)
 
     def stage(self, name: str, seconds: float) -> None:
-        self._of("nova_stage_seconds", stage=name).increment(seconds)
-        self._of("nova_stage_calls", stage=name).increment(1)
+        self._untold["nova_stage_seconds", name] += seconds
+        self._untold["nova_stage_calls", name] += 1
 
     def ended(self, result: str) -> None:
-        self._of("nova_requests", result=result).increment(1)
+        self._untold["nova_requests", result] += 1
 
     def frames(self, count: int) -> None:
-        self._of("nova_frames").increment(count)
+        self._untold["nova_frames", ""] += count
 
     def running(self, requests: int) -> None:
-        self._of("nova_running").set(requests)
+        self._of("nova_running", "").set(requests)
+        self.tell()
+
+    def tell(self) -> None:
+        for key, value in self._untold.items():
+            self._of(*key).increment(value)
+        self._untold.clear()
+
+    def _of(self, family: str, label: str) -> Any:
+        if (family, label) not in self._metrics:
+            kind = {"nova_requests": "result"}.get(family, "stage")
+            labels = {**self._labels, **({kind: label} if label else {})}
+            self._metrics[family, label] = self._families[family].Metric(labels=labels)
+        return self._metrics[family, label]

@@ -21,6 +21,9 @@ from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import Held, Lent, Runner
 
 PROGRESS_SECONDS = 0.1  # between answers that say nothing but how far it is
+POLL_SECONDS = (
+    0.2  # between questions whether a caller is still there: each takes a lock that the server shares
+)
 SEED_BITS = 64
 
 
@@ -75,6 +78,7 @@ class Job:
     frames: int = 0
     ended: bool = False
     said: float = field(default_factory=time.monotonic)
+    polled: float = 0.0
 
     @property
     def samples(self) -> int:
@@ -172,8 +176,10 @@ class Service:
         return not all(job.ended for job in jobs)
 
     def _has_ended(self, job: Job) -> bool:
-        if not job.ended and job.caller.is_cancelled():
-            self._end_job(job, Cancelled(f"cancelled after {job.frames} frames"))
+        if not job.ended and time.monotonic() - job.polled >= POLL_SECONDS:
+            job.polled = time.monotonic()
+            if job.caller.is_cancelled():
+                self._end_job(job, Cancelled(f"cancelled after {job.frames} frames"))
         return job.ended
 
     def _send_frame(self, job: Job, frame: Array) -> None:

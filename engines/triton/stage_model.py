@@ -1,6 +1,6 @@
 """A stage as a model of a Triton repository, where no other backend runs its graph: ONNX Runtime in Python.
 
-`nova-export package triton --stages models` copies this file; the stage's graph and `stage.json` lie beside it.
+`nova-export package triton --stages models` copies this file. Beside it lie its graph and `stage.json`.
 """
 
 from __future__ import annotations
