@@ -73,14 +73,6 @@ def _reload(url: str, model: str, timeout: float) -> None:
     try:
         with grpc.InferenceServerClient(url) as client:
             client.unload_model(model, unload_dependents=False, client_timeout=timeout)
-            _wait_until_gone(client, model, timeout)
             client.load_model(model, client_timeout=timeout)
     except grpc.InferenceServerException as error:
         raise ServerError(f"{url}: {model} cannot be loaded again: {error.message()}") from error
-
-
-def _wait_until_gone(client: Any, model: str, timeout: float) -> None:
-    """A model that is still being unloaded would be found loaded, and stay."""
-    deadline = time.monotonic() + timeout
-    while client.is_model_ready(model) and time.monotonic() < deadline:
-        time.sleep(0.05)

@@ -142,8 +142,8 @@ GAUGES = ("nova_running",)
 class Metrics:
     """Times and counts, among the server's own at /metrics.
 
-    They are kept here while a loop runs, and told at its begin and end: telling takes locks in memory that the
-    server shares, and a process that is killed while it holds one takes the server with it.
+    They are kept here while a loop runs, and told at its begin and end: telling takes locks in memory that
+    the server shares, and a process that is killed while it holds one takes the server with it.
     """
 
     def __init__(self, model: str) -> None:
