@@ -12,7 +12,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 DEMO_CHECKPOINT := reference_model/demo/checkpoint
 DEMO_PROMPT := a red circle moving right
 
-.PHONY: help demo demo-train eval test slow test-engines lint format bench clean
+.PHONY: help demo demo-train eval test slow test-engines test-triton lint format bench clean
 
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
@@ -20,6 +20,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make slow    the heavy tests only"
 	@echo "make test-engines  all that compiles engines, heavy ones too"
+	@echo "make test-triton   a real Triton server on this machine, installed in .triton"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff sort imports and format"
 	@echo "make bench   time the demo bundle on this machine"
@@ -46,6 +47,10 @@ slow: $(VENV)/dev.stamp
 test-engines: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "slow or not slow" tests/engine
 
+test-triton: demo/bundle/manifest.json
+	PYTHON=$(PYTHON) tests/triton/install.sh
+	OMP_NUM_THREADS=1 .triton/venv/bin/python -m pytest -m triton tests/triton
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,7 +64,7 @@ bench: demo/bundle/manifest.json
 	$(BIN)/nova-export bench demo/bundle --against $(DEMO_CHECKPOINT)
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .triton demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find calibration nova_export reference_model tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 demo/demo.mp4: demo/bundle/manifest.json

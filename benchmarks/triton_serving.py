@@ -1,6 +1,6 @@
 """What serving the demo with Triton costs and gives: parity, throughput, streaming, a killed process.
 
-    .triton/venv/bin/python -m benchmarks.triton_serving demo/bundle      after `make test-triton`, which installs it
+    .triton/venv/bin/python -m benchmarks.triton_serving demo/bundle     # make test-triton installs it
 
 Prints one JSON object. A demo request is its own video: 3 latent frames, 64 AR steps, 25 diffusion steps.
 """
