@@ -122,10 +122,8 @@ def _answer(result: Any) -> Answer:
     values = {name: array if name == "frame" else array.flat[0] for name, array in arrays.items()}
     if "notice" in values:
         values["notice"] = values["notice"].decode() or None
-    for name in ("frame_index", "seed"):
-        if name in values:
-            values[name] = int(values[name])
-    return Answer(**values)
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    return Answer(**plain)
 
 
 def grpc_module() -> Any:
