@@ -2,7 +2,8 @@
 
     .triton/venv/bin/python -m benchmarks.triton_serving demo/bundle     # make test-triton installs it
 
-Prints one JSON object; parts of it (serving, streaming, killed, models) can be named behind the bundle. A demo request is its own video: 3 latent frames, 64 AR steps, 25 diffusion steps.
+Prints one JSON object; parts of it (serving, streaming, killed, models) can be named behind it. A demo
+request is its own video: 3 latent frames, 64 AR steps, 25 diffusion steps.
 """
 
 from __future__ import annotations
