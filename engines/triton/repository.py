@@ -65,9 +65,14 @@ class Serving:
         there = [*PROVIDERS, *bundle.engines]
         if device not in there:
             raise UsageError(f"device {device!r}: this bundle runs on {', '.join(there)}")
+        specs = specs_on(bundle, device)
+        if missing := bundle.stages.keys() - specs.keys():
+            raise UsageError(
+                f"device {device}: the bundle has no engine of {min(missing)}; "
+                f"`nova-export engines {bundle.folder} --target {device}` makes it"
+            )
         platform = self.platform or _platform_of(device)
         _check_platform(self.stages, platform, device)
-        specs = specs_on(bundle, device)
         samples = specs["diffusion_head"].axis("samples").max
         frames = most_frames(bundle.config, specs["temporal_encoder"])
         made = replace(
