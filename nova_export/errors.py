@@ -69,7 +69,7 @@ class MemoryShortage(NovaExportError):
 class ServerError(NovaExportError):
     """A server that cannot be reached, or does not answer as it should."""
 
-    exit_code = 11
+    exit_code = 12
 
 
 class Cancelled(NovaExportError):

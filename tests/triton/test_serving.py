@@ -267,7 +267,7 @@ def test_health_by_the_command_line(server: Server) -> None:
 
 def test_health_of_a_server_that_is_not_there() -> None:
     result = nova_export("triton", "health", "127.0.0.1:1", "--timeout", "2")
-    assert result.code == 11 and result.err.startswith("error: 127.0.0.1:1: "), result.err
+    assert result.code == 12 and result.err.startswith("error: 127.0.0.1:1: "), result.err
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_a_killed_process_and_recovery(own_server: Server) -> None:
             each.result()
     assert max(errors) - killed < 5
     assert own_server.is_ready()
-    assert nova_export("triton", "health", own_server.url).code == 11
+    assert nova_export("triton", "health", own_server.url).code == 12
     result = nova_export("triton", "health", own_server.url, "--recover", "--timeout", str(PATIENCE))
     assert result.code == 0 and "loaded again" in result.out, result.err
     assert len(frames_of(answers(own_server, prompt="x", **SMALL))) == 1
