@@ -24,6 +24,7 @@ SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -
 
 .PHONY: help demo demo-train eval test slow test-engines test-cpp test-triton test-batch test-kubernetes fuzz lint format bench clean
 
+
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
 	@echo "make eval    score the demo bundle with ShapesEval, in minutes"
@@ -34,6 +35,7 @@ help:
 	@echo "make test-kubernetes  the Helm chart, rendered and checked"
 	@echo "make test-cpp  compile and test the C++ library, its sanitizer builds too"
 	@echo "make fuzz    a million made-up manifests, and prompts with tokenizers, for the C++ library"
+	@echo "make test-triton   a real Triton server on this machine, installed in .triton"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff sort imports and format"
 	@echo "make bench   time the demo bundle on this machine"
@@ -87,6 +89,10 @@ $(CPP)/deps/stamp: engines/cpp/fetch_onnxruntime.sh engines/cpp/fetch_json.sh $(
 	engines/cpp/fetch_json.sh $(CPP)/deps
 	@touch $@
 
+test-triton: demo/bundle/manifest.json
+	PYTHON=$(PYTHON) tests/triton/install.sh
+	OMP_NUM_THREADS=1 .triton/venv/bin/python -m pytest -m triton tests/triton
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -100,7 +106,7 @@ bench: demo/bundle/manifest.json
 	$(BIN)/nova-export bench demo/bundle --against $(DEMO_CHECKPOINT)
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .triton demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find calibration nova_export reference_model tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 demo/demo.mp4: demo/bundle/manifest.json

@@ -35,8 +35,10 @@ from nova_export.cli_options import (
     threads_option,
     vae_tile_option,
 )
+from nova_export.cli_package import package
 from nova_export.cli_plan import plan
 from nova_export.cli_sensitivity import sensitivity
+from nova_export.cli_triton import triton
 from nova_export.cli_verify import verify
 from nova_export.errors import BundleError, MemoryShortage, NovaExportError, UsageError
 
@@ -356,8 +358,10 @@ cli.add_command(calibrate)
 cli.add_command(doctor)
 cli.add_command(engines_command)
 cli.add_command(evaluate)
+cli.add_command(package)
 cli.add_command(plan)
 cli.add_command(sensitivity)
+cli.add_command(triton)
 cli.add_command(verify)
 
 

@@ -72,6 +72,12 @@ class BatchError(NovaExportError):
     exit_code = 11
 
 
+class ServerError(NovaExportError):
+    """A server that cannot be reached, or does not answer as it should."""
+
+    exit_code = 12
+
+
 class Cancelled(NovaExportError):
     """The caller's callback, or Ctrl-C, stopped the work. Nothing was written."""
 

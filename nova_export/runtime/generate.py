@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nova_export.config import NovaConfig
 from nova_export.runtime.guidance import Guidance
-from nova_export.runtime.noise import TorchGenerator
+from nova_export.runtime.noise import Noise
 from nova_export.runtime.runner import Held, Runner
 from nova_export.runtime.schedule import Schedule
 from nova_export.runtime.tokens import set_sizes, take, token_positions, unpatchify
@@ -80,7 +80,7 @@ def generate_latents(
     plan: Plan,
     stage: StageGetter,
     condition: Held,  # (rows, text and motion tokens, D), passes in the order of plan.guidance
-    generator: TorchGenerator,
+    generator: Noise,
     first_frame: Floats | None = None,  # (B, C, h, w): given latents, frame 0 of image to video
 ) -> Iterator[Step]:
     """Every AR step of every generated frame, in order. Frame t's latents are whole at its last step."""
@@ -137,7 +137,7 @@ def encode_frame(
 
 
 def generate_frame(
-    plan: Plan, stage: StageGetter, context: Held, order: Ints, generator: TorchGenerator, frame: int
+    plan: Plan, stage: StageGetter, context: Held, order: Ints, generator: Noise, frame: int
 ) -> Iterator[Step]:
     """The AR steps of one frame. Every frame starts from zero latents with all N tokens masked."""
     config, passes = plan.config, plan.guidance.passes
@@ -184,7 +184,7 @@ def step_tables(plan: Plan, progress: float) -> dict[str, Floats]:
 
 
 def draw_noise(
-    plan: Plan, generator: TorchGenerator, positions: Ints, chosen: Ints, later: Ints, predicted: Ints
+    plan: Plan, generator: Noise, positions: Ints, chosen: Ints, later: Ints, predicted: Ints
 ) -> dict[str, Floats]:
     """Noise as the published pipeline draws it: of the full latent shape, though only K chosen tokens use it.
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,21 @@ Floats = NDArray[np.float32]
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 BLOCK = 16  # values that torch's vector kernel makes together; fewer take the scalar path
 CHUNK_DRAWS = 1 << 16  # draws in flight in `normal_steps`: 256 KiB stays in the L2 cache
+
+
+class RawNoise(Protocol):
+    """One normal tensor, drawn; `take` gives values of it by their flat indices."""
+
+    def take(self, flat_indices: NDArray[np.int64]) -> Floats: ...
+
+
+class Noise(Protocol):
+    """What the loops ask of a source of noise: `TorchGenerator` says what each means."""
+
+    def uniform(self, shape: Sequence[int]) -> Floats: ...
+    def normal(self, shape: Sequence[int]) -> Floats: ...
+    def normal_raw(self, size: int) -> RawNoise: ...
+    def normal_steps(self, size: int, steps: int, flat_indices: NDArray[np.int64]) -> Floats: ...
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ out = pipe("a red circle moving right", max_latent_length=9, seed=1)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +21,9 @@ from nova_export.config import NovaConfig
 from nova_export.errors import Cancelled, InputError
 from nova_export.runtime.decode import Frames, Tile, decode_tile, decoder_of, tiles
 from nova_export.runtime.generate import Floats, Plan, Step, generate_latents
+from nova_export.runtime.joint import Prepared, join
 from nova_export.runtime.media import load_image
-from nova_export.runtime.noise import TorchGenerator
+from nova_export.runtime.noise import Noise, TorchGenerator
 from nova_export.runtime.request import FPS, Request
 from nova_export.runtime.runner import Array, Held, Runner
 from nova_export.runtime.stage_runners import StageRunners
@@ -102,19 +103,46 @@ class Pipeline:
     def stream(self, prompt: Any, *, callback: Callback | None = None, **arguments: Any) -> Iterator[Frames]:
         """Frames uint8 (B, H, W, 3) as soon as their tile can be decoded. Arguments as in a call."""
         request = _request(prompt, arguments)
-        waiting = list(tiles(self.config.tiling, request.max_latent_length))
+        prepared = self.prepare(request, TorchGenerator(request.resolved_seed()))
+        for _, frames in self.stream_jointly([prepared], callback):
+            yield from frames.swapaxes(0, 1)
+
+    def prepare(self, request: Request, generator: Noise) -> Prepared:
+        """Check a request and run what stands before the loops: errors of the request are raised here."""
+        plan = request.plan(self.config)
+        first_frame = self._first_frame(request, plan, generator)
+        return Prepared(plan, generator, self._condition(request, plan), first_frame)
+
+    def stream_jointly(
+        self,
+        prepared: Sequence[Prepared],
+        callback: Callback | None = None,
+        wanted: Callable[[int], bool] = lambda index: True,
+    ) -> Iterator[tuple[int, Frames]]:
+        """Requests of one `form`, in one loop: which it is, and its next frames uint8 (B, F, H, W, 3).
+
+        They come as soon as their tile can be decoded. callback: as in a call, of all requests together.
+        wanted: whether to decode the frames of a request.
+        """
+        joint = join(prepared)
+        ends = np.cumsum([each.plan.batch for each in prepared])
+        waiting = list(tiles(self.config.tiling, joint.plan.num_frames))
         done: list[Floats] = []
-        for latents in self._frames(request, TorchGenerator(request.resolved_seed()), callback):
+        for latents in self._frames(joint, callback):
             done.append(latents)
             while waiting and waiting[0].stop <= len(done):
                 tile = waiting.pop(0)
-                yield from self._decode(np.stack(done, axis=2), tile).swapaxes(0, 1)
+                for index, own in enumerate(np.split(np.stack(done, axis=2), ends[:-1])):
+                    if wanted(index):
+                        yield index, self._decode(own, tile)
 
-    def latents(
-        self, request: Request, generator: TorchGenerator, callback: Callback | None = None
-    ) -> Floats:
+    def latents(self, request: Request, generator: Noise, callback: Callback | None = None) -> Floats:
         """Latents (B, C, L, h, w) of a request, not decoded, from any source of noise."""
-        return np.stack(list(self._frames(request, generator, callback)), axis=2)
+        return self.latents_of(self.prepare(request, generator), callback)
+
+    def latents_of(self, prepared: Prepared, callback: Callback | None = None) -> Floats:
+        """Latents (B, C, L, h, w) of what was prepared, or joined."""
+        return np.stack(list(self._frames(prepared, callback)), axis=2)
 
     def decode(self, latents: Floats) -> Frames:
         """Latents (B, C, L, h, w), scaled as the model makes them, to frames uint8 (B, F, H, W, 3)."""
@@ -128,16 +156,13 @@ class Pipeline:
     def _decode(self, latents: Floats, tile: Tile) -> Frames:
         return decode_tile(self._decoder, latents, tile)
 
-    def _frames(
-        self, request: Request, generator: TorchGenerator, callback: Callback | None
-    ) -> Iterator[Floats]:
+    def _frames(self, given: Prepared, callback: Callback | None) -> Iterator[Floats]:
         """Latents (B, C, h, w) of each frame as it is finished."""
-        plan = request.plan(self.config)
-        first_frame = self._first_frame(request, plan, generator)
-        condition = self._condition(request, plan)
-        if first_frame is not None:
-            yield first_frame
-        for step in generate_latents(plan, self._stage, condition, generator, first_frame):
+        if given.first_frame is not None:
+            yield given.first_frame
+        for step in generate_latents(
+            given.plan, self._stage, given.condition, given.generator, given.first_frame
+        ):
             if callback is not None and callback(step) is False:
                 raise Cancelled(
                     f"cancelled at frame {step.frame + 1} of {step.num_frames}, step {step.step + 1}"
@@ -145,7 +170,7 @@ class Pipeline:
             if step.is_last:
                 yield step.latents
 
-    def _first_frame(self, request: Request, plan: Plan, generator: TorchGenerator) -> Floats | None:
+    def _first_frame(self, request: Request, plan: Plan, generator: Noise) -> Floats | None:
         """The given image's latents, one draw of the posterior shared by every sample: (B, C, h, w)."""
         if request.image is None:
             return None

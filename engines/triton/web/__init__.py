@@ -1,0 +1,1 @@
+"""A web page that shows frames as a server makes them."""
