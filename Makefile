@@ -24,7 +24,6 @@ SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -
 
 .PHONY: help demo demo-train eval test slow test-engines test-cpp test-triton test-batch test-kubernetes fuzz lint format bench clean
 
-
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
 	@echo "make eval    score the demo bundle with ShapesEval, in minutes"
