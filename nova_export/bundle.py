@@ -102,9 +102,6 @@ class Bundle:
     def _read(cls, folder: Path, data: Mapping[str, Any]) -> Bundle:
         """Raises ValueError that says where."""
         engines = read(Mapping[str, Mapping[str, Any]], data.get("engines", {}), "engines")
-        if (lean_decode := data.get("lean_decode")) not in (None, "float32", "float16"):
-            read(str | None, lean_decode, "lean_decode")
-            raise wrong(lean_decode, "float32, float16 or null", "lean_decode")
         return cls(
             folder=folder,
             config=NovaConfig.from_dict(field(Mapping[str, Any], data, "config")),
@@ -130,7 +127,7 @@ class Bundle:
                 }
                 for target, of_target in engines.items()
             },
-            lean_decode=lean_decode,
+            lean_decode=_lean_decode(data.get("lean_decode")),
         )
 
     def _check_manifest(self) -> None:
@@ -273,6 +270,13 @@ def _file_entry(data: Any, where: str) -> FileEntry:
 
 def _engine_entry(name: str, data: Any, where: str) -> EngineEntry:
     return _named(name, read(EngineEntry, data, where), data, where)
+
+
+def _lean_decode(value: Any) -> str | None:
+    if value not in (None, "float32", "float16"):
+        read(str | None, value, "lean_decode")
+        raise wrong(value, "float32, float16 or null", "lean_decode")
+    return value
 
 
 def _stage_entry(name: str, data: Any, where: str) -> StageEntry:

@@ -135,6 +135,8 @@ class Stage:
     def from_dict(cls, data: Any, where: str = "") -> Stage:
         """The reverse of `to_dict`. Raises ValueError on another shape of data."""
         stage: Stage = read(cls, data, where)
+        if "axes" not in data:
+            raise refusal("has no 'axes'", where)
         stage._check_sizes(where)
         stage._check_names(where)
         return stage
@@ -154,11 +156,11 @@ class Stage:
 
     def _check_names(self, where: str) -> None:
         """That names are used once, and those that shapes and aliases use are there."""
-        for all_named in (self.axes, self.inputs, self.outputs):
-            names = [each.name for each in all_named]
+        for kind in ("axes", "inputs", "outputs"):
+            names = [each.name for each in getattr(self, kind)]
             for index, name in enumerate(names):
                 if name in names[:index]:
-                    raise refusal(f"has {name!r} twice", where)
+                    raise refusal(f"has {name!r} twice", step(where, kind))
         used = {size for tensor in self.inputs for size in tensor.shape if isinstance(size, str)}
         aliases = {tensor.alias for tensor in self.outputs if tensor.alias}
         for kind, wanted in (("axes", used), ("inputs", aliases)):

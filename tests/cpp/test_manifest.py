@@ -125,7 +125,7 @@ def whole(video: bool = True, lean: bool = False) -> Manifest:
         "stages": {name: {"spec": spec, **entry} for name, spec in json.loads(json.dumps(specs)).items()},
         "lean_decode": "float16" if lean else None,
         "engines": {"rtx-40": {"diffusion_head": json.loads(json.dumps(engine))}},
-        "files": dict.fromkeys(("tokenizer.json", "stage.onnx", "other.onnx"), empty),
+        "files": {path: dict(empty) for path in ("tokenizer.json", "stage.onnx", "other.onnx")},
     }
 
 
@@ -203,6 +203,8 @@ def python_answer(folder: Path) -> Any:
 
 def shown_spec(spec: Stage) -> Any:
     data: dict[str, Any] = json.loads(json.dumps(spec.to_dict()))
+    for tensor in (*data["inputs"], *data["outputs"]):
+        tensor["alias"] = tensor["alias"] or None  # the empty name is none to both
     return {key: data[key] for key in ("name", "phase", "inputs", "outputs", "axes")}
 
 

@@ -177,7 +177,9 @@ Config config_of(const Field& data) {
     config.scheduler = scheduler.json();
     if (const auto scale = data.find("guidance_scale")) {
         config.guidance_scale = scale->number();
-        if (!(config.guidance_scale >= 0)) scale->wrong("a number, at least 0");
+        if (!(config.guidance_scale >= 0)) {
+            scale->refuse("is " + Json(config.guidance_scale).dump() + ", must be a number, at least 0");
+        }
     }
     check_sizes(data, config);
     return config;

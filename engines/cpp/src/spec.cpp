@@ -54,22 +54,28 @@ template <typename Named> std::set<std::string> names_of(const Field& data, cons
     return names;
 }
 
+void check_there(const Field& data, const std::set<std::string>& wanted, const std::set<std::string>& names) {
+    for (const auto& name : wanted) {
+        if (!names.count(name)) data.refuse("has no " + repr(name));
+    }
+}
+
 /// That names are used once, and those that shapes and aliases use are there.
 void check_names(const Field& data, const StageSpec& stage) {
     const auto axes = names_of(data.at("axes"), stage.axes);
     const auto inputs = names_of(data.at("inputs"), stage.inputs);
     names_of(data.at("outputs"), stage.outputs);
+    std::set<std::string> used, aliases;
     for (const auto& tensor : stage.inputs) {
         for (const auto& size : tensor.shape) {
-            const auto* axis = std::get_if<std::string>(&size);
-            if (axis && !axes.count(*axis)) data.at("axes").refuse("has no " + repr(*axis));
+            if (const auto* axis = std::get_if<std::string>(&size)) used.insert(*axis);
         }
     }
     for (const auto& tensor : stage.outputs) {
-        if (!tensor.alias.empty() && !inputs.count(tensor.alias)) {
-            data.at("inputs").refuse("has no " + repr(tensor.alias));
-        }
+        if (!tensor.alias.empty()) aliases.insert(tensor.alias);
     }
+    check_there(data.at("axes"), used, axes);
+    check_there(data.at("inputs"), aliases, inputs);
 }
 
 std::string show_sizes(const std::vector<Size>& shape) {
