@@ -68,7 +68,7 @@ def test_exit_codes_differ() -> None:
     """One code a cause, none of them that of an internal error or of Python itself."""
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
     codes = [c.exit_code for c in classes]
-    assert len(set(codes)) == len(codes) == 11 and not {0, 70} & set(codes)
+    assert len(set(codes)) == len(codes) == 13 and not {0, 70} & set(codes)
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["run", "--fly"], ["init"], ["run", "a", "--seed", "x"]])

@@ -80,8 +80,11 @@ def build_stages(
         for precision in contained(job.precisions[spec.name])
         if precision.weights and precision.is_for(spec.name)
     ]
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        forms = _integer_forms(job, wanted, Path(folder), report) if wanted else {}
+    with ExitStack() as stack:
+        forms = {}
+        if wanted:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work)))
+            forms = _integer_forms(job, wanted, folder, report)
         in_integers = {spec.name for spec, _ in wanted}
         for spec in sorted(specs, key=lambda spec: spec.name not in in_integers):
             yield spec.name, _build_stage(job, spec, forms, work, report)

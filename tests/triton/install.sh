@@ -16,7 +16,7 @@ version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 pip=".triton/venv/bin/python -m pip --disable-pip-version-check --quiet"
 $pip install --no-deps --target .triton/server nvidia-pytriton==0.7.0 & # tritonserver 2.51.0
 $pip install numpy==1.26.4 onnxruntime==1.31.1 tokenizers==0.23.3 pillow==13.0.0 av==18.1.0 click==8.5.1 tqdm==4.70.1 \
-    'tritonclient[grpc]==2.73.0' pytest==9.0.2 selenium==4.51.0
+    'tritonclient[grpc]==2.73.0' pytest==9.0.2 hypothesis==6.170.17 selenium==4.51.0
 wait $!
 triton=.triton/server/pytriton/tritonserver
 cp "$triton/python_backend_stubs/$version/triton_python_backend_stub" "$triton/backends/python/"
