@@ -220,7 +220,7 @@ def large_tokenizer(size: int) -> Tokenizer:
 
 @pytest.mark.slow
 def test_a_large_tokenizer(inspect: Inspect, tmp_path: Path) -> None:
-    """As large as Phi's; opening it and encoding a prompt takes C++ about as long as Python, not many times."""
+    """As large as Phi's; opening it and encoding a prompt takes C++ not many times as long as Python."""
     file = tmp_path / "tokenizer.json"
     large_tokenizer(50_000).save(str(file))
     assert len(json.loads(file.read_text(encoding="utf-8"))["model"]["merges"]) > 45_000
