@@ -72,8 +72,10 @@ test-cpp: $(VENV)/dev.stamp $(CPP)/deps/stamp
 	$(CONFIGURE) -B $(CPP)/release -D NOVA_STATIC=ON
 	$(CONFIGURE) -B $(CPP)/sanitized $(SANITIZED) -D NOVA_SANITIZE=address,undefined
 	$(CONFIGURE) -B $(CPP)/threads $(SANITIZED) -D NOVA_SANITIZE=thread
-	for kind in release sanitized threads; do cmake --build $(CPP)/$$kind -j "$$(nproc)" || exit; done
-	for kind in release sanitized threads; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
+	for kind in release sanitized; do cmake --build $(CPP)/$$kind -j "$$(nproc)" || exit; done
+	for kind in release sanitized; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
+	cmake --build $(CPP)/threads -j "$$(nproc)" --target test_pipeline
+	ctest --test-dir $(CPP)/threads --output-on-failure -R test_pipeline
 	$(MAKE) --no-print-directory fuzz FUZZ_RUNS=20000
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m $(CPP_TESTS) tests/cpp
 
