@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
@@ -106,10 +107,7 @@ class Bundle:
             folder=folder,
             config=NovaConfig.from_dict(field(Mapping[str, Any], data, "config")),
             target=field(str, data, "target"),
-            source={
-                **field(Mapping[str, Any], data, "source"),
-                "name": field(str, data["source"], "name", "source"),
-            },
+            source=_source(field(Mapping[str, Any], data, "source")),
             tools=field(Mapping[str, str], data, "tools"),
             stages={
                 name: _stage_entry(name, entry, step("stages", name))
@@ -231,6 +229,16 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
+def replace_folder(new: Path, out: Path) -> None:
+    """Put a folder in the place of another, or where there is none yet. Raises OSError."""
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -287,7 +295,7 @@ def _stage_entry(name: str, data: Any, where: str) -> StageEntry:
 
 def _named(name: str, entry: EntryType, data: Mapping[str, Any], where: str) -> EntryType:
     """An entry whose spec is sound and that of the stage it stands for."""
-    Stage.from_dict(data["spec"], step(where, "spec"))
+    entry.spec.check(data["spec"], step(where, "spec"))
     if entry.spec.name != name:
         raise refusal(f"its spec is that of {entry.spec.name!r}", where)
     return entry

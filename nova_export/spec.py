@@ -135,11 +135,15 @@ class Stage:
     def from_dict(cls, data: Any, where: str = "") -> Stage:
         """The reverse of `to_dict`. Raises ValueError on another shape of data."""
         stage: Stage = read(cls, data, where)
+        stage.check(data, where)
+        return stage
+
+    def check(self, data: Mapping[str, Any], where: str = "") -> None:
+        """What types do not say, of a stage that was read from `data`. Raises ValueError."""
         if "axes" not in data:
             raise refusal("has no 'axes'", where)
-        stage._check_sizes(where)
-        stage._check_names(where)
-        return stage
+        self._check_sizes(where)
+        self._check_names(where)
 
     def _check_sizes(self, where: str) -> None:
         for kind in ("inputs", "outputs"):

@@ -11,6 +11,7 @@ import json
 import re
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 MAX_WHOLE_NUMBER = 2**53  # what every JSON reader holds exactly
@@ -85,7 +86,7 @@ def step(where: str, key: str) -> str:
 def _read_record(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise wrong(value, "an object", where)
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := value.keys() - fields.keys():
         raise refusal(f"has {min(unknown)!r}, which is unknown", where)
@@ -98,6 +99,11 @@ def _read_record(kind: type, value: Any, where: str) -> Any:
         return kind(**made)
     except ValueError as error:
         raise refusal(str(error), where) from error
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _is(kind: Any, value: Any) -> bool:

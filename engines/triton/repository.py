@@ -6,10 +6,9 @@ Stages run in the process of the `nova` model, or are models of their own, which
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from uuid import uuid4
 
 from engines.triton.config_text import Enum, to_text
 from engines.triton.tensors import DATA_TYPES, OUTPUTS, inputs
-from nova_export.bundle import Bundle
+from nova_export.bundle import Bundle, replace_folder
 from nova_export.config import NovaConfig
 from nova_export.errors import OutputError, UsageError
 from nova_export.runtime.ort_cuda import PROVIDERS
+from nova_export.runtime.stage_runners import specs_on, vae_tile_on
 from nova_export.spec import Axis, Stage, Tensor
 from nova_export.targets import TARGETS, find
 
@@ -59,8 +59,6 @@ class Serving:
 
     def resolved(self, bundle: Bundle) -> Serving:
         """With every choice made. Raises UsageError naming what the bundle has or allows."""
-        from dataclasses import replace
-
         device = self.device or _device_of(bundle)
         there = [*PROVIDERS, *bundle.engines]
         if device not in there:
@@ -107,13 +105,7 @@ def package(folder: Path, out: Path, serving: Serving, force: bool = False) -> P
             _write_models(bundle, chosen, work)
         else:
             _write_in_process(bundle, chosen, work)
-        if out.exists():
-            old = out.parent / f".{out.name}.{uuid4().hex[:8]}.old"
-            os.replace(out, old)
-            os.replace(work, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(work, out)
+        replace_folder(work, out)
     except OSError as error:
         raise OutputError(
             f"{error.filename or out}: {error.strerror or error}; nothing was written"
@@ -121,12 +113,6 @@ def package(folder: Path, out: Path, serving: Serving, force: bool = False) -> P
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out
-
-
-def specs_on(bundle: Bundle, device: str) -> dict[str, Stage]:
-    """The stages within the limits of what runs them."""
-    entries = bundle.stages if device in PROVIDERS else bundle.engines[device]
-    return {name: entry.spec for name, entry in entries.items()}
 
 
 def most_frames(config: NovaConfig, temporal: Stage) -> int:
@@ -226,7 +212,7 @@ def _write_models(bundle: Bundle, serving: Serving, work: Path) -> None:
         "config": bundle.config.to_dict(),
         "tokenizer": bool(bundle.tokenizer),
         "lean_decode": bundle.lean_decode,
-        "vae_tile": vae_tile(bundle, specs),
+        "vae_tile": vae_tile_on(bundle, serving.device),
         "stages": {name: spec.to_dict() for name, spec in specs.items()},
     }
     (version / "nova.json").write_text(json.dumps(kept), encoding="utf-8")
@@ -254,13 +240,6 @@ def _write_stage(bundle: Bundle, serving: Serving, spec: Stage, paths: Sequence[
     if source:
         kept = {"spec": spec.to_dict(), "graph": main, "device": serving.device, "threads": serving.threads}
         (version / "stage.json").write_text(json.dumps(kept), encoding="utf-8")
-
-
-def vae_tile(bundle: Bundle, specs: dict[str, Stage]) -> int | None:
-    """The side of the squares that the decoder takes, in latents, where whole frames are larger."""
-    first = next(spec for name, spec in specs.items() if name.startswith("vae_decoder"))
-    side = max(first.axis(name).max for name in ("latent_height", "latent_width"))
-    return side if side < max(bundle.config.latent_size) else None
 
 
 def _model(work: Path, config: dict[str, Any], source: str | None) -> Path:

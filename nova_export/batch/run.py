@@ -22,6 +22,7 @@ from nova_export.bundle import MANIFEST, Bundle, sha256
 from nova_export.progress import Report
 from nova_export.runtime.media import check_writable
 from nova_export.runtime.request import FPS, Request
+from nova_export.runtime.stage_runners import graph_bytes
 
 OF_ITEMS = ("prompt", "seed", "num_images_per_prompt")  # of `Request`: not the same for all
 
@@ -128,9 +129,6 @@ def _pool(
         if device is None and (bundle.engines or bundle.target == "cuda")
         else device not in (None, "cpu")
     )
-    memory: dict[str, int] = {}
-    for stage in bundle.stages.values():
-        size = sum(bundle.files[path].size for path in stage.files)
-        memory[stage.spec.phase] = memory.get(stage.spec.phase, 0) + size
-    needed = max(memory.values()) if low_memory else sum(memory.values())
+    sizes = graph_bytes(bundle).values()
+    needed = max(sizes) if low_memory else sum(sizes)
     return RayPool(ray, gpus, threads, needed, workers)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nova_export.bundle import MANIFEST, file_entry, is_inside
+from nova_export.bundle import MANIFEST, file_entry, is_inside, replace_folder
 from nova_export.errors import BundleError, OutputError, UsageError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,12 +90,7 @@ def publish(work: Path, out: Path, keep: set[str]) -> None:
     for path in work.iterdir():
         if path.name not in names:
             _remove(path)
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    work.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(work, out)
 
 
 def _top(paths: Iterable[str]) -> set[str]:

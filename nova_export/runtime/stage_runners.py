@@ -17,6 +17,7 @@ from nova_export.runtime.ort_cuda import PROVIDERS, OrtCudaRunner
 from nova_export.runtime.rtx import RtxRunner
 from nova_export.runtime.runner import OrtRunner, Runner
 from nova_export.runtime.tensorrt import TensorRtRunner
+from nova_export.spec import Stage
 from nova_export.targets import TARGETS, find
 
 
@@ -41,21 +42,42 @@ def choose_device(bundle: Bundle) -> str:
     raise BundleError("no engines of the bundle can run here: " + "; ".join(reasons.values()))
 
 
+def specs_on(bundle: Bundle, device: str) -> dict[str, Stage]:
+    """The stages within the limits of what runs them."""
+    entries = bundle.stages if device in PROVIDERS else bundle.engines[device]
+    return {name: entry.spec for name, entry in entries.items()}
+
+
+def vae_tile_on(bundle: Bundle, device: str) -> int | None:
+    """The largest side of what the decoder takes, in latents, where whole frames are larger."""
+    first = next(name for name in bundle.specs() if name.startswith(DECODER))
+    spec = specs_on(bundle, device)[first]
+    side = max(spec.axis(name).max for name in ("latent_height", "latent_width"))
+    return side if side < max(bundle.config.latent_size) else None
+
+
+def graph_bytes(bundle: Bundle) -> dict[str, int]:
+    """Size of the stages' graphs with their weights, by phase."""
+    sizes: dict[str, int] = {}
+    for stage in bundle.stages.values():
+        size = sum(bundle.files[path].size for path in stage.files)
+        sizes[stage.spec.phase] = sizes.get(stage.spec.phase, 0) + size
+    return sizes
+
+
 def check_memory(bundle: Bundle, device: str, low_memory: bool, there: int | None) -> None:
     """Whether there is memory for what is known: weights, and the scratch memory that engines say they need.
 
     there: bytes that are free; None where nobody knows. Raises MemoryShortage, before any weights are read.
     """
-    weights: dict[str, int] = {}
-    scratch: dict[str, int] = {}
-    for name, stage in bundle.stages.items():
-        size, most = sum(bundle.files[path].size for path in stage.files), 0
-        if device not in PROVIDERS:
-            engine = bundle.engines[device][name]
-            size, most = engine.weight_bytes or 0, engine.activation_bytes or 0
-        phase = stage.spec.phase
-        weights[phase] = weights.get(phase, 0) + size
-        scratch[phase] = max(scratch.get(phase, 0), most)
+    weights = graph_bytes(bundle)
+    scratch = dict.fromkeys(weights, 0)
+    if device not in PROVIDERS:
+        weights = dict.fromkeys(weights, 0)
+        for name, stage in bundle.stages.items():
+            engine, phase = bundle.engines[device][name], stage.spec.phase
+            weights[phase] += engine.weight_bytes or 0
+            scratch[phase] = max(scratch[phase], engine.activation_bytes or 0)
     at_once = sum(weights.values()) + max(scratch.values())
     least = max(weights[phase] + scratch[phase] for phase in weights)
     needed = least if low_memory else at_once
@@ -107,11 +129,7 @@ class StageRunners:
     @property
     def vae_tile(self) -> int | None:
         """The largest side of what the decoder takes, in latents, where whole frames are larger."""
-        first = next(name for name in self.bundle.specs() if name.startswith(DECODER))
-        stages = self.bundle.stages if self.device in PROVIDERS else self.bundle.engines[self.device]
-        spec = stages[first].spec
-        side = max(spec.axis(name).max for name in ("latent_height", "latent_width"))
-        return side if side < max(self.bundle.config.latent_size) else None
+        return vae_tile_on(self.bundle, self.device)
 
     def __call__(self, name: str) -> Runner:
         if name in self._open:
