@@ -66,7 +66,7 @@ def call_progress(report: Report, before: float, size: float) -> Callable[[Step]
     """A callback for a call of `size` prompts, made when `before` were done."""
 
     def callback(step: Step) -> None:
-        report(before + size * (step.frame + (step.step + 1) / step.num_steps) / step.num_frames)
+        report(before + size * step.done)
 
     return callback
 

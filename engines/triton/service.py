@@ -21,9 +21,7 @@ from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import Held, Lent, Runner
 
 PROGRESS_SECONDS = 0.1  # between answers that say nothing but how far it is
-POLL_SECONDS = (
-    0.2  # between questions whether a caller is still there: each takes a lock that the server shares
-)
+POLL_SECONDS = 0.2  # between questions whether a caller is there: each takes a lock that the server shares
 SEED_BITS = 64
 
 
@@ -167,11 +165,10 @@ class Service:
 
     def _progress(self, jobs: list[Job], step: Step) -> bool:
         """Between AR steps: tell those who want to know. False where nobody waits any more."""
-        done = (step.frame + (step.step + 1) / step.num_steps) / step.num_frames
         for job in jobs:
             late = time.monotonic() - job.said >= PROGRESS_SECONDS
             if not self._has_ended(job) and job.asked.report_progress and late:
-                self._send(job, answer(progress=done))
+                self._send(job, answer(progress=step.done))
                 job.said = time.monotonic()
         return not all(job.ended for job in jobs)
 

@@ -41,6 +41,11 @@ class Step:
     def is_last(self) -> bool:
         return self.step + 1 == self.num_steps
 
+    @property
+    def done(self) -> float:
+        """The share of all AR steps that are done, 0 to 1."""
+        return (self.frame + (self.step + 1) / self.num_steps) / self.num_frames
+
 
 @dataclass(frozen=True)
 class Plan:
