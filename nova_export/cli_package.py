@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nova_export.cli_options import threads_option
+from nova_export.cli_options import FiniteRange, threads_option
 from nova_export.stages import MAX_BATCH, MAX_FRAMES
 
 
@@ -49,11 +49,11 @@ def package() -> None:
     help="Requests that may wait; more are refused.",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
+    "--timeout", type=FiniteRange(min=0, min_open=True), default=120.0, show_default=True,
     help="Seconds that a request may wait before it is refused.",
 )  # fmt: skip
 @click.option(
-    "--gather", type=click.FloatRange(min=0), default=0.02, show_default=True,
+    "--gather", type=FiniteRange(min=0), default=0.02, show_default=True,
     help="Seconds that a request waits for others to share its loop.",
 )  # fmt: skip
 @threads_option

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from nova_export.cli_options import json_option, quiet_option
+from nova_export.cli_options import FiniteRange, json_option, quiet_option
 
 
 @click.group()
@@ -19,7 +19,7 @@ def triton() -> None:
 @click.argument("url")
 @click.option("--model", default="nova", show_default=True, help="Of the server, the one that streams.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True,
+    "--timeout", type=FiniteRange(min=0, min_open=True), default=10.0, show_default=True,
     help="Seconds for the request, and for loading.",
 )  # fmt: skip
 @click.option("--recover", is_flag=True, help="Where it does not answer: unload and load the model.")

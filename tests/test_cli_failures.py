@@ -127,8 +127,11 @@ def test_interrupted_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
         ("plan", "--memory"),
         ("batch", "p.txt", "--out", "o", "--fps"),
         ("bench", "b", "--budget"),
+        ("package", "triton", "b", "--out", "o", "--timeout"),
+        ("package", "triton", "b", "--out", "o", "--gather"),
+        ("triton", "health", "127.0.0.1:1", "--timeout"),
     ],
-    ids=lambda arguments: arguments[0],
+    ids=lambda arguments: " ".join((arguments[0], arguments[-1])),
 )
 @pytest.mark.parametrize("number", ["nan", "inf"])
 def test_numbers_that_are_not_finite(arguments: tuple[str, ...], number: str) -> None:
