@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.triton.tensors import DATA_TYPES, TEXT, inputs
-from nova_export.errors import Cancelled, DependencyError, ServerError
+from nova_export.errors import Cancelled, DependencyError, ServerError, UsageError
 from nova_export.spec import Tensor
 
 TRITON_TYPES = {TEXT: "BYTES"} | {
@@ -56,6 +56,7 @@ def stream(
     Stop reading, and the server stops. timeout: seconds to wait for each answer. is_cancelled: asked while
     waiting. Raises ServerError with what the server says, or where it says nothing in time.
     """
+    check_address(url)
     grpc = grpc_module()
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with grpc.InferenceServerClient(url) as client:
@@ -74,6 +75,12 @@ def stream(
             raise ServerError(f"{url}: {error.message()}") from error
         finally:
             client.stop_stream(cancel_requests=not ended)
+
+
+def check_address(url: str) -> None:
+    """Raises UsageError for what is no HOST:PORT of gRPC."""
+    if "/" in url or not url.rpartition(":")[2].isdecimal():
+        raise UsageError(f"{url}: must be HOST:PORT of the server's gRPC, like 127.0.0.1:8001")
 
 
 def _next(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engines.triton.client import grpc_module, stream
+from engines.triton.client import check_address, grpc_module, stream
 from nova_export.errors import ServerError
 
 CANARY: dict[str, Any] = {"num_inference_steps": 1, "num_diffusion_steps": 1, "seed": 0}
@@ -36,8 +36,9 @@ def check(
     """Make one small image. recover: load the model again where that fails, and try once more.
 
     timeout: seconds for each of these. Raises ServerError where it does not answer in the end; why it did not
-    at first is reported.
+    at first is reported. Raises UsageError for another address than HOST:PORT of gRPC.
     """
+    check_address(url)
     try:
         return Health(model, _canary(url, model, timeout), recovered=False)
     except ServerError as error:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from engines.triton.client import check_address
+from engines.triton.repository import Serving
 from nova_export import __version__
+from nova_export.cli_triton import health
 
 pytestmark = pytest.mark.kubernetes
 
@@ -112,10 +115,13 @@ def test_ports() -> None:
 
 
 def test_liveness_is_an_inference() -> None:
-    command = ["nova-export", "triton", "health", "http://127.0.0.1:8000"]
+    command = ["nova-export", "triton", "health", "127.0.0.1:8001", "--timeout=130"]
     probe = container_of(rendered(*CLAIM))["livenessProbe"]
     assert probe["exec"]["command"] == [*command, "--recover"]
-    assert probe["timeoutSeconds"] >= 60
+    given = health.make_context("health", [*command[3:], "--recover"]).params
+    check_address(given["url"])
+    assert given["timeout"] > Serving().timeout  # of the queue, in which it waits too
+    assert probe["timeoutSeconds"] > 3 * given["timeout"]  # it, loading, and it again
     without = rendered(*CLAIM, "liveness.recover=false")
     assert container_of(without)["livenessProbe"]["exec"]["command"] == command
 

@@ -131,3 +131,8 @@ def test_only_what_it_wrote_is_replaced(bundle: Path, tmp_path: Path) -> None:
     assert nova_export("package", "triton", bundle, "-o", out, "--name", "other", "--force").code == 0
     assert {path.name for path in out.iterdir()} == {"other", "nova_repository.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8001", "127.0.0.1", "127.0.0.1:8001/v2", "host:grpc"])
+def test_addresses_are_those_of_grpc(url: str) -> None:
+    only_error(nova_export("triton", "health", url), 2, url, "must be HOST:PORT of the server's gRPC")
