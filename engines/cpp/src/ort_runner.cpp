@@ -70,10 +70,7 @@ class OrtRunner : public Runner {
     const StageSpec& spec() const override { return spec_; }
 
     Arrays run(const Arrays& inputs, Place outputs) override {
-        std::map<std::string, Given> given;
-        for (const auto& [name, array] : inputs)
-            given[name] = {array.dtype(), array.shape()};
-        spec_.bind(given);
+        check_inputs(spec_, inputs);
         try {
             return run_bound(inputs, outputs);
         } catch (const Ort::Exception& error) {

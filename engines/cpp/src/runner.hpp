@@ -25,6 +25,14 @@ class Runner {
     virtual Arrays run(const Arrays& inputs, Place outputs) = 0;
 };
 
+/// Error(stage) where a stage does not take these.
+inline void check_inputs(const StageSpec& spec, const Arrays& inputs) {
+    std::map<std::string, Given> given;
+    for (const auto& [name, array] : inputs)
+        given[name] = {array.dtype(), array.shape()};
+    spec.bind(given);
+}
+
 /// All stages of a bundle, by name.
 class Stages {
   public:

@@ -140,10 +140,7 @@ class TensorRtRunner : public Runner {
     const StageSpec& spec() const override { return spec_; }
 
     Arrays run(const Arrays& inputs, Place outputs) override {
-        std::map<std::string, Given> given;
-        for (const auto& [name, array] : inputs)
-            given[name] = {array.dtype(), array.shape()};
-        spec_.bind(given);
+        check_inputs(spec_, inputs);
         Arrays placed;
         for (const auto& [name, array] : inputs)
             placed[name] = bind_input(name, array);
