@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "errors.hpp"
+
 namespace nova {
 namespace {
 
@@ -12,6 +14,20 @@ constexpr std::int64_t overlap = 4; // neighbours share at least the side divide
 std::uint8_t to_byte(float pixel) {
     const float scaled = pixel * 127.5f + 127.5f;
     return static_cast<std::uint8_t>(scaled > 0 ? std::min(scaled, 255.0f) : 0.0f);
+}
+
+/// Error(stage) for what are no numbers: they would be black frames.
+void check_numbers(const std::vector<Array>& latents, const Tile& tile) {
+    for (auto frame = tile.start; frame < tile.stop; ++frame) {
+        const Array& array = latents[static_cast<std::size_t>(frame)];
+        const float* values = array.data<float>();
+        if (!std::all_of(values, values + array.size(), [](float value) { return std::isfinite(value); }))
+            throw Error(ErrorCode::stage,
+                        "latent frames " + std::to_string(tile.start + 1) + " to " +
+                            std::to_string(tile.stop) +
+                            " hold NaN or infinity: lower guidance_scale and other numbers "
+                            "given, or build the bundle in a precision that does not overflow");
+    }
 }
 
 /// Weights of pixels along a side: they rise over `ramp` pixels from either end.
@@ -72,6 +88,7 @@ Frames decode_tile(const Decoder& decoder, const std::vector<Array>& latents, co
     const Shape& shape = latents.front().shape(); // (B, C, h, w)
     const auto batch = shape[0], channels = shape[1], plane = shape[2] * shape[3],
                length = tile.stop - tile.start;
+    check_numbers(latents, tile);
     Frames frames;
     frames.batch = batch;
     for (std::int64_t sample = 0; sample < batch; ++sample) {

@@ -83,6 +83,22 @@ TEST(what_a_listener_throws_ends_the_run) {
     CHECK_EQ(steps, 4);
 }
 
+TEST(latents_that_are_no_numbers_are_no_picture) {
+    const Config config = small_config();
+    FakeStages stages(config);
+    const auto decoder = decoder_of(stages, config, false, std::nullopt);
+    for (const float bad : {std::nanf(""), INFINITY}) {
+        std::vector<Array> latents(2);
+        for (auto& frame : latents)
+            frame = Array::zeros<float>({1, 4, 8, 12});
+        CHECK_EQ(decode_tile(decoder, latents, {0, 2, 0}).count, 5);
+        latents[1].data<float>()[7] = bad;
+        CHECK_EQ(decode_tile(decoder, latents, {0, 1, 0}).count, 1);
+        CHECK_THROWS(decode_tile(decoder, latents, {0, 2, 0}), ErrorCode::stage,
+                     "latent frames 1 to 2 hold NaN or infinity");
+    }
+}
+
 TEST(lean_statistics_and_tiles_blend_to_the_whole) {
     // A decoder that works on each latent alone gives the same in squares as in one.
     const Config config = small_config();
