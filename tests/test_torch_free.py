@@ -71,7 +71,7 @@ def test_plain_install_is_light_and_runs(golden_bundle: Callable[[str], Path], t
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     source = tmp_path / "source"  # a copy: building leaves files beside pyproject.toml
-    for package in ("nova_export", "reference_model"):
+    for package in ("calibration", "engines", "nova_export", "reference_model"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
