@@ -66,7 +66,7 @@ class EngineEntry:
 class Bundle:
     """An opened bundle. `check` what you are about to use.
 
-    engines: by target, then by stage. lean_decode: as in `stages`.
+    engines: by target, then by stage. lean_decode, head_steps: as in `stages`.
     """
 
     folder: Path
@@ -79,6 +79,7 @@ class Bundle:
     files: Mapping[str, FileEntry]
     engines: Mapping[str, Mapping[str, EngineEntry]] = field(default_factory=dict)
     lean_decode: str | None = None
+    head_steps: int | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -102,6 +103,7 @@ class Bundle:
                     for target, engines in data.get("engines", {}).items()
                 },
                 lean_decode=data.get("lean_decode"),
+                head_steps=data.get("head_steps"),
             )
             bundle._check_manifest()
         except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
@@ -143,7 +145,7 @@ class Bundle:
 
     def specs(self, limits: Limits | None = None) -> dict[str, Stage]:
         """The stages within limits, in the order a run uses them."""
-        return stages(self.config, limits or Limits(), self.lean_decode)
+        return stages(self.config, limits or Limits(), self.lean_decode, self.head_steps)
 
     def check(self, *paths: str) -> None:
         """Compare files with the manifest's sha256. Raises BundleError for the first that differs."""

@@ -35,6 +35,7 @@ from nova_export.cli_plan import plan
 from nova_export.cli_sensitivity import sensitivity
 from nova_export.cli_verify import verify
 from nova_export.errors import BundleError, MemoryShortage, NovaExportError, UsageError
+from nova_export.stages import MAX_DIFFUSION_STEPS
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
@@ -70,6 +71,10 @@ def cli() -> None:
 @click.option(
     "--lean-decode", is_flag=True,
     help="The video decoder in pieces, frame by frame: exact, a fraction of the memory, more launches.",
+)  # fmt: skip
+@click.option(
+    "--head-steps", type=click.IntRange(0, MAX_DIFFUSION_STEPS), metavar="N",
+    help="Diffusion steps that a call of the head does, unrolled; 0 makes it a loop. As the target has it.",
 )  # fmt: skip
 @click.option("--engines/--no-engines", default=True, help="Compile engines too, where the target has them.")
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")

@@ -60,6 +60,7 @@ def plan(
     source = source or demo_checkpoint()
     bundle = Bundle.open(source) if (source / MANIFEST).is_file() else None
     config = bundle.config if bundle else NovaConfig.from_checkpoint(source)
+    chosen = find(TARGETS, target)
     video = planning.Video(
         config,
         batch,
@@ -67,8 +68,9 @@ def plan(
         num_inference_steps,
         num_diffusion_steps,
         lean_decode or bool(bundle and bundle.lean_decode),
+        bundle.head_steps if bundle else chosen.head_steps,
     )
-    chosen, costs = find(TARGETS, target), planning.Costs.count(video)
+    costs = planning.Costs.count(video)
     there = available_memory() if memory is None and chosen == CPU else memory and int(memory * GB)
     made, others = planning.make_plan(costs, chosen, find(PRECISIONS, precision), there), []
     if made.verdict == "does not fit":

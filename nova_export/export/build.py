@@ -58,6 +58,7 @@ def build_bundle(
     float_layers: Mapping[str, tuple[str, ...]] | None = None,
     calibration: str | Path | None = None,
     lean_decode: bool = False,
+    head_steps: int | None = None,
     verify: bool = True,
     engines: bool = False,
     force: bool = False,
@@ -71,6 +72,7 @@ def build_bundle(
     calibration: what int8 and fp16 take their ranges from (`calibration.collect`). Without it a build with
     int8 calibrates, and fp16 takes those of random inputs.
     lean_decode: the decoder in pieces that need a fraction of its memory (nova_export/lean_stages.py).
+    head_steps: as in `stages`, but 0 makes it a loop; as the target has it if not told.
     engines: whether those of the target are compiled too, before the bundle is put in its place.
 
     Raises:
@@ -81,11 +83,13 @@ def build_bundle(
     checkpoint, out = Path(checkpoint), Path(out)
     config = NovaConfig.from_checkpoint(checkpoint)
     lean = _frame_type(precision) if lean_decode else None
-    specs = stages(config, lean_decode=lean)
+    built_for = find(TARGETS, target)
+    head_steps = built_for.head_steps if head_steps is None else head_steps or None
+    specs = stages(config, lean_decode=lean, head_steps=head_steps)
     job = Job(
         checkpoint=checkpoint,
         config=config,
-        target=find(TARGETS, target),
+        target=built_for,
         precisions=_precisions(specs, precision, stage_precisions or {}, float_layers or {}),
         named=frozenset(stage_precisions or {}),
         float_layers=dict(float_layers or {}),
@@ -102,7 +106,7 @@ def build_bundle(
     }
     statistics = load_calibration(Path(calibration), sources) if calibration else None
     with work_folder(out) as work:
-        source = _float_source(job, lean_decode, out, statistics, report)
+        source = _float_source(job, lean_decode, head_steps, out, statistics, report)
         statistics = source.statistics if source else statistics
         job = replace(job, source=source, statistics=statistics, rankings=_float_paths(out)[2])
         folders = [work, out, *([source.bundle.folder] if source else [])]
@@ -124,6 +128,7 @@ def build_bundle(
             "source": {"name": checkpoint.resolve().name, "parts": sources},
             "config": job.config.to_dict(),
             "lean_decode": lean,
+            "head_steps": head_steps,
             "tokenizer": TOKENIZER if tokenizer is not None else None,
             "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
             "engines": compiled,
@@ -179,7 +184,12 @@ def _float_paths(out: Path) -> tuple[Path, Path, Path]:
 
 
 def _float_source(
-    job: Job, lean_decode: bool, out: Path, statistics: Statistics | None, report: Report
+    job: Job,
+    lean_decode: bool,
+    head_steps: int | None,
+    out: Path,
+    statistics: Statistics | None,
+    report: Report,
 ) -> FloatSource | None:
     """What stages in integers are made from; None where there are none."""
     wanted = [each for precision in job.precisions.values() for each in contained(precision)]
@@ -191,6 +201,7 @@ def _float_source(
         bundle,
         target=job.target.name,
         lean_decode=lean_decode,
+        head_steps=head_steps or 0,
         verify=job.verify,
         force=True,
         report=report,
