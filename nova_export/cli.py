@@ -307,7 +307,7 @@ def inspect(bundle: Path, check: bool, engines: bool, quiet: bool, as_json: bool
 @click.option("--compile/--no-compile", default=False, help="Also torch.compile, where it works.")
 @click.option("--memory/--no-memory", default=True, help="Also peak memory on the CPU, in fresh processes.")
 @click.option(
-    "--device", default="cpu", show_default=True, help="cpu, cuda, or a target that BUNDLE has engines for."
+    "--device", default="cpu", show_default=True, help="cpu, cuda, rtx-ep, or a target of BUNDLE's engines."
 )
 @cuda_graphs_option
 @quiet_option

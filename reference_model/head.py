@@ -124,7 +124,7 @@ class DiffusionHead(nn.Module):
 class UnrolledHead(DiffusionHead):
     """A fixed number of steps, one behind the other in the graph: CUDA graphs can hold no loop.
 
-    More steps take more calls, see nova_export/runtime/diffusion.py: so what the rest has become is an output.
+    More steps take more calls (nova_export/runtime/diffusion.py), so what the rest has become is an output.
     """
 
     def forward(self, z: Tensor, **inputs: Tensor) -> State:

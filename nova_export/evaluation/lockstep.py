@@ -83,7 +83,7 @@ class _Both(Lent):
         return reference
 
     def _tested(self, inputs: Mapping[str, Held]) -> Mapping[str, Held]:
-        """The tested outputs that the reference has too: one head may do its steps in a loop, one unrolled."""
+        """Those that the reference has too: of two heads one may have a loop, and one be unrolled."""
         runner = self.lockstep.tested(self.name)
         outputs = denoise(runner, inputs) if self.name == "diffusion_head" else runner.run(inputs)
         names = {tensor.name for tensor in self.stage.outputs}

@@ -27,14 +27,18 @@ class TensorRtRunner:
     """Outputs stay on the GPU. stage: the spec within the engine's limits.
 
     The engine computes in the scratch memory that all stages of `gpu` share. cuda_graphs: launch the kernels
-    of an AR step's stages all at once, see `StageGraphs`.
+    of an AR step's stages all at once, see `StageGraphs`. weights: the graph that the engine was made of,
+    where it was made without weights.
     """
 
     runtime = "tensorrt"  # of FLAVOURS
     captures = True  # graphs are captured by `StageGraphs`
 
-    def __init__(self, stage: Stage, path: Path, gpu: Gpu, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self, stage: Stage, path: Path, gpu: Gpu, cuda_graphs: bool = True, weights: Path | None = None
+    ) -> None:
         self.stage, self.path, self.gpu, self.cuda_graphs = stage, path, gpu, cuda_graphs
+        self.weights = weights
         self._flavour = flavour(self.runtime)
         self._engine: Any = None
         self._context: Context | None = None
@@ -48,6 +52,8 @@ class TensorRtRunner:
         try:
             if self._engine is None:
                 raise self._failed("does not load it")
+            if self.weights is not None:
+                self._refit(self.weights)
             self._open()
         except StageError as error:
             self.__exit__(None, None, None)
@@ -56,6 +62,13 @@ class TensorRtRunner:
                 "`nova-export engines BUNDLE` compiles it again, --device cpu does without"
             ) from error
         return self
+
+    def _refit(self, graph: Path) -> None:
+        """Give a stripped engine its weights. Raises StageError."""
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
+            raise self._failed(f"does not take the weights of {graph}")
 
     def _open(self) -> None:
         self._on_host = {

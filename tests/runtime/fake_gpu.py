@@ -20,6 +20,7 @@ from nova_export.runtime import stage_runners
 from tests.runtime.fake_cuda import JUNK, FakeCuda, Work
 
 VERSION, CAPABILITY, TARGET = "1.2.3", "8.9", "rtx-40"
+STRIPPED = b"an engine without weights"
 FOUR_FRAMES = {  # a call in which each shape of an AR step comes four times
     "prompt": "a red circle moving right",
     "max_latent_length": 4,
@@ -60,7 +61,15 @@ class FakeTensorRt:
     def Runtime(self, logger: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda data: self._engine(logger, data))
 
+    def Refitter(self, engine: FakeEngine, logger: Any) -> FakeRefitter:
+        return FakeRefitter(engine)
+
+    def OnnxParserRefitter(self, refitter: FakeRefitter, logger: Any) -> Any:
+        return SimpleNamespace(refit_from_file=partial(refitter.read, logger))
+
     def _engine(self, logger: Any, data: bytes) -> Any:
+        if data == STRIPPED:
+            return FakeEngine(self, logger, None)
         if not data.startswith(b"/"):
             logger.log(1, "magic tag does not match")
             return None
@@ -118,20 +127,48 @@ class FakeConfig:
         self.strategy = strategy
 
 
+class FakeRefitter:
+    """Gives an engine its weights, in two steps as the real one: they are read, then they are there."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.graph: Path | None = None
+
+    def read(self, logger: Any, path: str) -> bool:
+        if not Path(path).name.endswith(".onnx"):
+            logger.log(1, f"{path} is no graph")
+            return False
+        self.graph = Path(path)
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        assert self.graph
+        self.engine.load(self.graph)
+        return True
+
+
 class FakeEngine:
+    """graph: None for one without weights."""
+
     device_memory_size_v2 = 4096
 
-    def __init__(self, trt: FakeTensorRt, logger: Any, graph: Path) -> None:
-        import onnxruntime as ort
-
+    def __init__(self, trt: FakeTensorRt, logger: Any, graph: Path | None) -> None:
         self.trt, self.logger = trt, logger
-        options = ort.SessionOptions()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self.session: Any = None
+        if graph is not None:
+            self.load(graph)
         if isinstance(trt, FakeRtx):
             self.create_runtime_config = lambda: FakeConfig(logger)
 
+    def load(self, graph: Path) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
     def create_execution_context(self, how: int | FakeConfig) -> FakeContext | None:
+        assert self.session, "an engine without weights"
         config = how if isinstance(how, FakeConfig) else FakeConfig(self.logger)
         assert config.strategy == 2 if config is how else how == 2
         if len(self.trt.contexts) >= self.trt.most_contexts:
@@ -293,7 +330,8 @@ def add_engines(bundle: Path, target: str = TARGET, **made_of: str) -> None:
     (bundle / "engines").mkdir()
     for name, stage in opened.stages.items():
         file = f"engines/{name}.engine"
-        (bundle / file).write_text(str(bundle / stage.graph))
+        stripped = made_of.get("weights") == "stripped"
+        (bundle / file).write_bytes(STRIPPED if stripped else str(bundle / stage.graph).encode())
         manifest["files"][file] = file_entry(bundle / file)
         entry = EngineEntry(file, stage.spec, made_of, None, None, None, 0, 0.0)
         engines[name] = {**vars(entry), "spec": stage.spec.to_dict()}

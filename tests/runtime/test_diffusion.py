@@ -81,7 +81,7 @@ def test_recorded_latents_in_any_number_of_steps_a_call(steps: int, calls: int) 
 def test_recorded_latents_with_guidance_trunc_and_renorm(
     tmp_path_factory: pytest.TempPathFactory, steps: int
 ) -> None:
-    """Three passes, a table of guidance that changes from step to step, and the norm of the rest carried on."""
+    """Three passes, guidance that changes from step to step, and the norm of the rest carried on."""
     told = json.loads((EXTRA / "image_guidance_trunc_renorm.json").read_text())
     checkpoint = extra_checkpoint(tmp_path_factory.getbasetemp())
     assert told["call"]["num_diffusion_steps"] == 4
@@ -149,7 +149,7 @@ def test_the_exported_head_in_recorded_latents(golden_bundle: Callable[[str], Pa
 
 @pytest.mark.parametrize("unrolled", ["reference", "tested"])
 def test_both_kinds_of_head_compare(unrolled: str) -> None:
-    """A bundle for a CPU with one for a GPU: the tested head is asked for the steps of the reference's call."""
+    """A bundle for a CPU with one for a GPU: the tested head does the steps of the reference's call."""
     config, checkpoint = NovaConfig.from_checkpoint(GOLDEN / "t2i" / "checkpoint"), GOLDEN / "t2i/checkpoint"
     sides = [head(config, checkpoint, 4), head(config, checkpoint, None)]
     reference, tested = sides if unrolled == "reference" else sides[::-1]
