@@ -36,6 +36,7 @@ from nova_export.cli_sensitivity import sensitivity
 from nova_export.cli_verify import verify
 from nova_export.errors import BundleError, MemoryShortage, NovaExportError, UsageError
 from nova_export.stages import MAX_DIFFUSION_STEPS
+from nova_export.targets import BUILDERS
 
 EXIT_INTERRUPTED = 130
 EXIT_BUG = 70
@@ -77,6 +78,10 @@ def cli() -> None:
     help="Diffusion steps that a call of the head does, unrolled; 0 makes it a loop. As the target has it.",
 )  # fmt: skip
 @click.option("--engines/--no-engines", default=True, help="Compile engines too, where the target has them.")
+@click.option(
+    "--builder", type=click.Choice(BUILDERS), default=BUILDERS[0], show_default=True,
+    help="What compiles engines: TensorRT from the graphs, or torch-tensorrt, on the GPU of the machine.",
+)  # fmt: skip
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")
 @quiet_option

@@ -92,6 +92,7 @@ GPU_KERNELS = ("float32", "float16", "bfloat16")
 CUDA = Target(
     "cuda", opset=23, kernels=GPU_KERNELS, signed_inputs=True, device="NVIDIA GPUs, by ONNX Runtime"
 )
+BUILDERS = ("onnx", "torch-tensorrt")  # what engines are compiled by: from graphs, or from PyTorch programs
 HEAD_STEPS = 5  # of engines: their CUDA graphs hold no loop, and 25 unrolled compile 20 times as long
 ENCODERS = ("text_encoder", "temporal_encoder", "spatial_encoder")
 # Rounding alone leaves 6 dB a bit: 66 dB with the 11 bits of float16, 48 dB with the 8 of bfloat16. The gates

@@ -12,22 +12,39 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nova_export.bundle import MANIFEST, Bundle, EngineEntry, file_entry, sha256
 from nova_export.engine.compatibility import changed, made_by
-from nova_export.engine.compiler import KEPT, CompileJob, Shape, compile_engine
+from nova_export.engine.compiler import KEPT, Compiled, CompileJob, Shape, compile_engine
 from nova_export.engine.flavour import flavour, machine_capability
 from nova_export.engine.timing_cache import timing_file
 from nova_export.errors import OutputError, UsageError
 from nova_export.runtime.media import write_whole
 from nova_export.spec import Stage
 from nova_export.stages import Limits
-from nova_export.targets import TARGETS, Target, find
+from nova_export.targets import BUILDERS, TARGETS, Target, find
 
 FOLDER = "engines"
 
 Report = Callable[[str, str], object]  # stage name, what is being done to it
+
+
+class Builder(Protocol):
+    """What compiles a stage: the graph that the job names, or something else that computes the same."""
+
+    @property
+    def name(self) -> str: ...
+    def compile(self, job: CompileJob, stage: Stage, report: Callable[[str], object]) -> Compiled: ...
+
+
+class OnnxBuilder:
+    """TensorRT's own way, from the graph, in a process of its own."""
+
+    name = BUILDERS[0]
+
+    def compile(self, job: CompileJob, stage: Stage, report: Callable[[str], object]) -> Compiled:
+        return compile_engine(job, report)
 
 
 def build_engines(
@@ -37,6 +54,7 @@ def build_engines(
     limits: Limits | None = None,
     only: Sequence[str] = (),
     weights: str = KEPT,
+    builder: Builder | None = None,
     report: Report = lambda stage, action: None,
 ) -> Bundle:
     """Compile the stages of the bundle in `folder` for a target, and the bundle with them.
@@ -65,9 +83,10 @@ def build_engines(
         raise UsageError(f"stage {min(unknown)!r} is unknown; this bundle has {', '.join(bundle.stages)}")
     limits = limits or Limits(batch=1, frames=bundle.config.video_length)
     specs = bundle.specs(limits)
+    builder = builder or OnnxBuilder()
     with _locked(folder):
         for name in only or bundle.stages:
-            bundle = _built_or_kept(bundle, specs[name], wanted, weights, report)
+            bundle = _built_or_kept(bundle, specs[name], wanted, weights, builder, report)
         _drop_unnamed(bundle)
     return bundle
 
@@ -90,15 +109,18 @@ def _check_weights(target: Target, weights: str) -> None:
         )
 
 
-def made_of(bundle: Bundle, stage: Stage, target: Target, weights: str = KEPT) -> dict[str, str]:
+def made_of(bundle: Bundle, stage: Stage, target: Target, weights: str, builder: str) -> dict[str, str]:
     """What a stage's engine depends on."""
     files = [[path, bundle.files[path].sha256] for path in sorted(bundle.stages[stage.name].files)]
     graph, shapes = _digest(files), _digest(profile(stage))
-    return {"graph": graph, "profile": shapes, "weights": weights, **made_by(target)}
+    how = {"weights": weights, "builder": builder}
+    return {"graph": graph, "profile": shapes, **how, **made_by(target)}
 
 
-def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, weights: str, report: Report) -> Bundle:
-    name, wanted = stage.name, made_of(bundle, stage, target, weights)
+def _built_or_kept(
+    bundle: Bundle, stage: Stage, target: Target, weights: str, builder: Builder, report: Report
+) -> Bundle:
+    name, wanted = stage.name, made_of(bundle, stage, target, weights, builder.name)
     entry = bundle.engines.get(target.name, {}).get(name)
     why = changed(entry, wanted) if entry else "not there"
     if entry and not why:
@@ -121,7 +143,7 @@ def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, weights: str, r
         weights=weights,
         timings=None if target.compute_capability else str(timing_file(made_by(target))),
     )
-    done = compile_engine(job, lambda doing: report(name, doing))
+    done = builder.compile(job, stage, lambda doing: report(name, doing))
     made = EngineEntry(file=file, spec=stage, made_of=wanted, **asdict(done))
     return _listed(bundle, target.name, name, made)
 

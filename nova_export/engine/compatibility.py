@@ -8,7 +8,7 @@ from nova_export.bundle import Bundle, EngineEntry
 from nova_export.engine.compiler import KEPT
 from nova_export.engine.flavour import flavour, machine_capability
 from nova_export.errors import BundleError, UsageError
-from nova_export.targets import TARGETS, Target, find
+from nova_export.targets import BUILDERS, TARGETS, Target, find
 
 
 def made_by(target: Target) -> dict[str, str]:
@@ -32,7 +32,7 @@ def _runtime(target: Target) -> dict[str, str]:
     return {"runtime": kind.name, "version": str(kind.load().__version__)}
 
 
-DEFAULTS = {"weights": KEPT}  # of engines that were made before there was a choice
+DEFAULTS = {"weights": KEPT, "builder": BUILDERS[0]}  # of engines that were made before there was a choice
 
 
 def changed(entry: EngineEntry, wanted: Mapping[str, str]) -> str:

@@ -21,11 +21,12 @@ from calibration.statistics import Statistics
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, file_entry, sha256
 from nova_export.child import GB, available_memory
 from nova_export.config import NovaConfig
-from nova_export.engine.build import build_engines
+from nova_export.engine.build import Builder, OnnxBuilder, build_engines
 from nova_export.errors import BundleError, CheckpointError, MemoryShortage, UsageError
 from nova_export.export.build_stage import Job, Report, build_stage
 from nova_export.export.plan import export_bytes
 from nova_export.export.quantization import FloatSource, load_calibration
+from nova_export.export.torch_tensorrt import TorchTensorRt
 from nova_export.export.work_folder import (
     adopt,
     adopt_engines,
@@ -39,7 +40,7 @@ from nova_export.lean_stages import START
 from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
-from nova_export.targets import CPU, PRECISIONS, TARGETS, Precision, contained, find
+from nova_export.targets import BUILDERS, CPU, PRECISIONS, TARGETS, Precision, contained, find
 from reference_model.checkpoint import Weights, check_weights
 from reference_model.tokenizer import read_tokenizer
 
@@ -61,6 +62,7 @@ def build_bundle(
     head_steps: int | None = None,
     verify: bool = True,
     engines: bool = False,
+    builder: str = BUILDERS[0],
     force: bool = False,
     report: Report = lambda stage, action: None,
 ) -> Path:
@@ -73,7 +75,8 @@ def build_bundle(
     int8 calibrates, and fp16 takes those of random inputs.
     lean_decode: the decoder in pieces that need a fraction of its memory (nova_export/lean_stages.py).
     head_steps: as in `stages`, but 0 makes it a loop; as the target has it if not told.
-    engines: whether those of the target are compiled too, before the bundle is put in its place.
+    engines: whether those of the target are compiled too, before the bundle is put in its place. builder: of
+    BUILDERS, what compiles them.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, corrupt, unsafe or unknown.
@@ -98,6 +101,9 @@ def build_bundle(
         code=_code_digest(),
     )
     _check_target(job)
+    engine_builder: Builder = OnnxBuilder()
+    if builder != engine_builder.name:
+        engine_builder = TorchTensorRt.of(checkpoint, config, job.precisions, job.target)
     check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
     _check_checkpoint(job, specs)
@@ -135,8 +141,10 @@ def build_bundle(
             "files": files,
         }
         write_json(work / MANIFEST, manifest)
-        kept = build_engines(work, job.target.name, report=report).files if engines else files
-        publish(work, out, {MANIFEST, *kept})
+        if engines:
+            made = build_engines(work, job.target.name, builder=engine_builder, report=report)
+            files = dict(made.files)
+        publish(work, out, {MANIFEST, *files})
     for path in _float_paths(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return out

@@ -64,7 +64,7 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path, opset: int = OPSET)
                 tuple(inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(_dynamic_dims(stage),),
+                dynamic_shapes=(dynamic_dims(stage),),
                 verbose=False,
             )
         except Exception as error:
@@ -125,7 +125,7 @@ class _Positional(nn.Module):
         return self.module(**dict(zip(self.names, tensors, strict=True)))
 
 
-def _dynamic_dims(stage: Stage) -> tuple[dict[int, Any], ...]:
+def dynamic_dims(stage: Stage) -> tuple[dict[int, Any], ...]:
     """Spec axes as torch.export wants them, one dict an input."""
     dynamic = torch.export.Dim.DYNAMIC
     return tuple(

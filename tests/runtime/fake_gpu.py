@@ -33,6 +33,7 @@ FOUR_FRAMES = {  # a call in which each shape of an AR step comes four times
 class FakeTensorRt:
     """The part of the module that running takes. on_host: inputs that engines read on the host.
 
+    numbers_tensors: as engines of torch-tensorrt do.
     capturable: what contexts answer when asked; None for versions without the question. in_capture: done by
     engines within a capture. contexts: those that are alive.
     """
@@ -50,7 +51,9 @@ class FakeTensorRt:
         aliases: bool = False,
         on_host: tuple[str, ...] = (),
         capturable: bool | None = None,
+        numbers_tensors: bool = False,
     ) -> None:
+        self.numbers_tensors = numbers_tensors
         self.cuda, self.aliases, self.on_host, self.capturable = cuda, aliases, on_host, capturable
         self.scratch: set[int] = set()  # addresses of what engines computed in
         self.fails = ""
@@ -178,8 +181,24 @@ class FakeEngine:
         self.trt.contexts.add(context)
         return context
 
+    @property
+    def tensors(self) -> list[str]:
+        """Their names, inputs first."""
+        return [each.name for each in (*self.session.get_inputs(), *self.session.get_outputs())]
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return f"arg_{index}" if self.trt.numbers_tensors else self.tensors[index]
+
+    def own_name(self, name: str) -> str:
+        """Of a tensor of the graph, by its name in the engine."""
+        return self.tensors[int(name.removeprefix("arg_"))] if self.trt.numbers_tensors else name
+
     def get_tensor_location(self, name: str) -> int:
-        return int(name in self.trt.on_host)
+        return int(self.own_name(name) in self.trt.on_host)
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return name.removeprefix("new_") if self.trt.aliases and name.startswith("new_") else None
@@ -207,13 +226,14 @@ class FakeContext:
         return np.dtype({"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}[name])
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        name = self.engine.own_name(name)
         self.is_new |= self.shapes.get(name) != shape
         self.shapes[name] = shape
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert address, name
-        self.addresses[name] = address
+        self.addresses[self.engine.own_name(name)] = address
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -223,6 +243,9 @@ class FakeContext:
         self.engine.trt.scratch.add(memory)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shape(self.engine.own_name(name))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
         feeds = {i.name: np.zeros(self.shapes[i.name], self.types[i.name]) for i in self.session.get_inputs()}
         return tuple(self.session.run([name], feeds)[0].shape)
 
@@ -258,7 +281,7 @@ class FakeContext:
     def _sizes(self, shapes: dict[str, Any]) -> dict[str, int]:
         """Bytes of the outputs."""
         names = [output.name for output in self.session.get_outputs()]
-        return {n: int(np.prod(self.get_tensor_shape(n))) * self.types[n].itemsize for n in names}
+        return {n: int(np.prod(self._shape(n))) * self.types[n].itemsize for n in names}
 
     def _compile_and_count(self, place: Any) -> None:
         """As TensorRT-RTX does: each shape's kernel once; a graph at the second run in the same place."""

@@ -68,7 +68,9 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Bundle:
 # TensorRT
 
 
-@pytest.mark.parametrize("options", [{}, {"aliases": True}, {"on_host": ("cache_length",)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"aliases": True}, {"on_host": ("cache_length",)}, {"numbers_tensors": True}], ids=str
+)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_engines_make_the_same_video(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], low_memory: bool
