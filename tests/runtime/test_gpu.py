@@ -289,7 +289,7 @@ def test_the_first_target_that_fits_is_taken(bundle: Path, machine: Machine) -> 
 
 
 def test_a_device_that_is_not_there(bundle: Path, machine: Machine) -> None:
-    with pytest.raises(UsageError, match="device 'rtx-50': this bundle runs on cuda, cpu, rtx-40"):
+    with pytest.raises(UsageError, match="device 'rtx-50': this bundle runs on cpu, cuda, rtx-ep, rtx-40"):
         nova_export.load(bundle, device="rtx-50")
     machine.has(None)
     with pytest.raises(UsageError, match="rtx-40: there is no NVIDIA GPU in this machine; --device cpu"):
