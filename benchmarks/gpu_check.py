@@ -3,8 +3,9 @@
 Builds the checkpoint (the demo if none is given) in fp32 and in fp16, compiles engines for the GPU of the
 machine with every TensorRT that is installed, and prints a JSON line for each thing that it tried: what the
 machine is, parity of every stage and of whole videos with the fp32 graphs on the CPU, times against PyTorch
-in float16, eager and compiled, those of engines also without CUDA graphs, and what the GPU's own bandwidth
-and arithmetic allow. What fails is a line too, and the others go on. Without a GPU it says so and ends.
+in float16, eager and compiled, those of engines also without CUDA graphs, parity of engines without weights
+and of torch-tensorrt's, and what the GPU's own bandwidth and arithmetic allow. What fails is a line too, and
+the others go on. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from typing import Any
 from nova_export.demo import demo_checkpoint
 from nova_export.engine.flavour import FLAVOURS, machine_capability
 from nova_export.errors import DependencyError
+from nova_export.targets import HEAD_STEPS
 
+GRAPHS = ("cuda", "rtx-ep")  # devices that run graphs as they are
+TORCH_TENSORRT = "tensorrt"  # what torch-tensorrt compiles for
 SIDE = 8192  # of the matrices that measure arithmetic
 COPY = 1 << 30  # bytes
 
@@ -39,13 +43,26 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         exact, half = Path(folder) / "fp32", Path(folder) / "fp16"
         attempt("build fp32", "build", checkpoint, "-o", exact)
-        attempt("build fp16", "build", checkpoint, "-o", half, "--target", "cuda", "--precision", "fp16")
-        for device in ("cuda", *compiled(half)):
+        in_half = ("--precision", "fp16", "--head-steps", HEAD_STEPS)
+        attempt("build fp16", "build", checkpoint, "-o", half, "--target", "cuda", *in_half)
+        engines = list(compiled(half))
+        for device in (*GRAPHS, *engines):
             attempt(f"{device}: parity", "verify", half, "--against", exact, "--device", device, "--json")
             how = ["--no-compile", "--compile"]  # the second may fail where the first does not
-            for option in how if device == "cuda" else [*how, "--no-cuda-graphs"]:
+            for option in how if device in GRAPHS else [*how, "--no-cuda-graphs"]:
                 timed = ("bench", half, "--against", checkpoint, "--device", device, option, "--json")
                 attempt(f"{device}: times {option[2:]}", *timed, "--num-inference-steps", "64")
+        for target in engines:
+            stripped = ("engines", half, "--target", target, "--weights", "stripped", "--json")
+            if attempt(f"{target}: stripped engines", *stripped):
+                parity = ("verify", half, "--against", exact, "--device", target, "--json")
+                attempt(f"{target}: stripped parity", *parity)
+        if TORCH_TENSORRT in engines:
+            other, builder = Path(folder) / "other", ("--builder", "torch-tensorrt")
+            if attempt(f"{builder[1]}: engines", "build", checkpoint, "-o", other, "--target", TORCH_TENSORRT,
+                       *builder, *in_half):  # fmt: skip
+                parity = ("verify", other, "--against", exact, "--device", TORCH_TENSORRT, "--json")
+                attempt(f"{builder[1]}: parity", *parity)
 
 
 def compiled(bundle: Path) -> Iterator[str]:

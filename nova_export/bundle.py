@@ -72,7 +72,7 @@ EntryType = TypeVar("EntryType", StageEntry, EngineEntry)
 class Bundle:
     """An opened bundle. `check` what you are about to use.
 
-    engines: by target, then by stage. lean_decode: as in `stages`.
+    engines: by target, then by stage. lean_decode, head_steps: as in `stages`.
     """
 
     folder: Path
@@ -85,6 +85,7 @@ class Bundle:
     files: Mapping[str, FileEntry]
     engines: Mapping[str, Mapping[str, EngineEntry]] = dataclass_field(default_factory=dict)
     lean_decode: str | None = None
+    head_steps: int | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -126,6 +127,7 @@ class Bundle:
                 for target, of_target in engines.items()
             },
             lean_decode=_lean_decode(data.get("lean_decode")),
+            head_steps=read(int | None, data.get("head_steps"), "head_steps"),
         )
 
     def _check_manifest(self) -> None:
@@ -163,7 +165,7 @@ class Bundle:
 
     def specs(self, limits: Limits | None = None) -> dict[str, Stage]:
         """The stages within limits, in the order a run uses them."""
-        return stages(self.config, limits or Limits(), self.lean_decode)
+        return stages(self.config, limits or Limits(), self.lean_decode, self.head_steps)
 
     def check(self, *paths: str) -> None:
         """Compare files with the manifest's sha256. Raises BundleError for the first that differs."""

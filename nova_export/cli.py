@@ -41,6 +41,8 @@ from nova_export.cli_sensitivity import sensitivity
 from nova_export.cli_triton import triton
 from nova_export.cli_verify import verify
 from nova_export.errors import BundleError, MemoryShortage, NovaExportError, UsageError
+from nova_export.stages import MAX_DIFFUSION_STEPS
+from nova_export.targets import BUILDERS
 
 EXIT_BUG = 70
 
@@ -76,7 +78,15 @@ def cli() -> None:
     "--lean-decode", is_flag=True,
     help="The video decoder in pieces, frame by frame: exact, a fraction of the memory, more launches.",
 )  # fmt: skip
+@click.option(
+    "--head-steps", type=click.IntRange(0, MAX_DIFFUSION_STEPS), metavar="N",
+    help="Diffusion steps that a call of the head does, unrolled; 0 makes it a loop. As the target has it.",
+)  # fmt: skip
 @click.option("--engines/--no-engines", default=True, help="Compile engines too, where the target has them.")
+@click.option(
+    "--builder", type=click.Choice(BUILDERS), default=BUILDERS[0], show_default=True,
+    help="What compiles engines: TensorRT from the graphs, or torch-tensorrt, on the GPU of the machine.",
+)  # fmt: skip
 @click.option("--verify/--no-verify", default=True, help="Check each exported stage against the reference.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle; unchanged stages are used again.")
 @quiet_option
@@ -314,7 +324,7 @@ def inspect(bundle: Path, check: bool, engines: bool, quiet: bool, as_json: bool
 @click.option("--compile/--no-compile", default=False, help="Also torch.compile, where it works.")
 @click.option("--memory/--no-memory", default=True, help="Also peak memory on the CPU, in fresh processes.")
 @click.option(
-    "--device", default="cpu", show_default=True, help="cpu, cuda, or a target that BUNDLE has engines for."
+    "--device", default="cpu", show_default=True, help="cpu, cuda, rtx-ep, or a target of BUNDLE's engines."
 )
 @cuda_graphs_option
 @quiet_option

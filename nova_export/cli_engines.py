@@ -10,6 +10,7 @@ import click
 
 from nova_export.bundle import Bundle
 from nova_export.cli_options import json_option, quiet_option, resumable
+from nova_export.engine.compiler import KEPT, WEIGHTS
 from nova_export.inspect import describe_engine, engine_table
 from nova_export.stages import MAX_BATCH, MAX_FRAMES, Limits
 
@@ -29,6 +30,10 @@ from nova_export.stages import MAX_BATCH, MAX_FRAMES, Limits
     "--vae-tile", type=click.IntRange(min=2), metavar="LATENTS",
     help="Decoders for squares of so many latents a side; `run` blends them. Whole frames if not told.",
 )  # fmt: skip
+@click.option(
+    "--weights", type=click.Choice(list(WEIGHTS)), default=KEPT, show_default=True,
+    help="In the engines; or exchangeable; or left out of them, and read from the graphs when loading.",
+)  # fmt: skip
 @click.option("--stage", "only", multiple=True, metavar="NAME", help="This stage alone; may be given again.")
 @quiet_option
 @json_option
@@ -38,6 +43,7 @@ def engines(
     batch: int,
     frames: int | None,
     vae_tile: int | None,
+    weights: str,
     only: tuple[str, ...],
     quiet: bool,
     as_json: bool,
@@ -49,7 +55,8 @@ def engines(
     """
     opened = Bundle.open(bundle)
     limits = Limits(batch, frames or opened.config.video_length, vae_tile)
-    built = engines_with_progress(bundle, target or opened.target, quiet, limits=limits, only=only)
+    options = {"limits": limits, "only": only, "weights": weights}
+    built = engines_with_progress(bundle, target or opened.target, quiet, **options)
     made = built.engines[target or opened.target]
     found = {name: describe_engine(built, engine) for name, engine in made.items()}
     click.echo(json.dumps(found) if as_json else engine_table(found))

@@ -50,7 +50,7 @@ threads_option = click.option(
 )  # fmt: skip
 device_option = click.option(
     "--device",
-    help="Of BUNDLE: cpu, cuda, or a target it has engines for. If not given, its engines where a GPU is.",
+    help="cpu, cuda, rtx-ep, or a target of BUNDLE's engines. If not given, its engines where a GPU is.",
 )
 low_memory_option = click.option(
     "--low-memory", is_flag=True, help="Keep only the stages of one phase loaded."

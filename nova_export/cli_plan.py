@@ -61,6 +61,7 @@ def plan(
     source = source or demo_checkpoint()
     bundle = Bundle.open(source) if (source / MANIFEST).is_file() else None
     config = bundle.config if bundle else NovaConfig.from_checkpoint(source)
+    chosen = find(TARGETS, target)
     video = planning.Video(
         config,
         batch,
@@ -68,6 +69,7 @@ def plan(
         num_inference_steps,
         num_diffusion_steps,
         lean_decode or bool(bundle and bundle.lean_decode),
+        bundle.head_steps if bundle else chosen.head_steps,
     )
     costs = planning.Costs.count(video)
     there = available_memory() if memory is None and chosen == CPU else memory and int(memory * GB)

@@ -39,16 +39,23 @@ class Limits:
         return Axis("rows", 1, min(2, MAX_PASSES * self.batch), MAX_PASSES * self.batch)
 
 
-def stages(config: NovaConfig, limits: Limits = Limits(), lean_decode: str | None = None) -> dict[str, Stage]:
+def stages(
+    config: NovaConfig,
+    limits: Limits = Limits(),
+    lean_decode: str | None = None,
+    head_steps: int | None = None,
+) -> dict[str, Stage]:
     """Every stage of the checkpoint, in the order a run uses them.
 
     lean_decode: the number type of frames between the pieces of a lean decode; None decodes in one stage.
+    head_steps: how many diffusion steps the head does in one call, unrolled; None makes it a loop over any
+    number.
     """
     made = [
         _condition(config, limits),
         _temporal_encoder(config, limits),
         _spatial_encoder(config, limits),
-        _diffusion_head(config, limits),
+        _diffusion_head(config, limits, head_steps),
     ]
     if not config.is_class_conditional:
         made.insert(0, _text_encoder(config, limits))
@@ -172,16 +179,23 @@ def _next_axis(config: NovaConfig) -> Axis:
     return Axis("next", 1, max(1, config.num_tokens // 40), config.num_tokens)
 
 
-def _diffusion_head(config: NovaConfig, limits: Limits) -> Stage:
+def _diffusion_head(config: NovaConfig, limits: Limits, unrolled: int | None) -> Stage:
     """All diffusion steps of one AR step. Per step: x' = a x + b eps + s noise, one row of `step_*` each.
 
     eps = renorm(sum over passes of guidance * eps_pass) + sum of extra_guidance * eps_pass; see
     runtime/schedule.py and runtime/guidance.py for how the rows are made.
+
+    unrolled: the one number of steps of a call, and calls go on from one another: runtime/diffusion.py.
     """
     width = config.spatial.width
+    steps = Axis("steps", 1, 25, MAX_DIFFUSION_STEPS)
+    outputs = [Tensor("denoised", F32, ("samples", "next", config.token_dim))]
+    if unrolled:
+        steps = Axis("steps", unrolled, unrolled, unrolled)
+        outputs.append(Tensor("next_rest", F32, ("samples", "rest")))
     return Stage(
         name="diffusion_head",
-        module="reference_model.head:DiffusionHead",
+        module=f"reference_model.head:{'UnrolledHead' if unrolled else 'DiffusionHead'}",
         part="transformer",
         prefixes=("image_decoder.",),
         phase="step",
@@ -197,12 +211,12 @@ def _diffusion_head(config: NovaConfig, limits: Limits) -> Stage:
             Tensor("rest", F32, ("samples", "rest")),
             Tensor("step_rest_noise", F32, ("steps", "samples", "rest")),
         ),
-        outputs=(Tensor("denoised", F32, ("samples", "next", config.token_dim)),),
+        outputs=tuple(outputs),
         axes=(
             Axis("passes", 1, 2, MAX_PASSES),
             Axis("samples", 1, 1, limits.batch),
             _next_axis(config),
-            Axis("steps", 1, 25, MAX_DIFFUSION_STEPS),
+            steps,
             Axis("rest", 1, 1, MAX_DIFFUSION_STEPS + 1),
         ),
     )

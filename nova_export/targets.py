@@ -37,6 +37,7 @@ class Target:
     whether stages in integers have ONNX Runtime's own operator for attention. runtime: what compiles its
     engines; None where the graphs themselves are run. compute_capability: of the GPU that they
     are for; None for the one of the machine. device: the same for a person. hardware: where it is one device.
+    head_steps: as in `stages`, where a build is not told.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     compute_capability: str | None = None
     device: str = ""
     hardware: Hardware | None = None
+    head_steps: int | None = None
 
     @property
     def graph_form(self) -> tuple[Any, ...]:
@@ -92,6 +94,8 @@ GPU_KERNELS = ("float32", "float16", "bfloat16")
 CUDA = Target(
     "cuda", opset=23, kernels=GPU_KERNELS, signed_inputs=True, device="NVIDIA GPUs, by ONNX Runtime"
 )
+BUILDERS = ("onnx", "torch-tensorrt")  # what engines are compiled by: from graphs, or from PyTorch programs
+HEAD_STEPS = 5  # of engines: their CUDA graphs hold no loop, and 25 unrolled compile 20 times as long
 ENCODERS = ("text_encoder", "temporal_encoder", "spatial_encoder")
 # Rounding alone leaves 6 dB a bit: 66 dB with the 11 bits of float16, 48 dB with the 8 of bfloat16. The gates
 # leave room for deep stages, and none for an overflow. Stages in 8 bits have 30 to 45 dB, in 4 bits 20.
@@ -125,7 +129,7 @@ STATISTICS = frozenset(tensor.name for tensor in GIVEN)  # of norms, between the
 def _gpu_targets() -> Iterator[Target]:
     """Those of engines/targets, a TOML file each."""
     for path in sorted(Path(str(files("engines") / "targets")).glob("*.toml")):
-        data = {"opset": 23, **read_toml(path)}
+        data = {"opset": 23, "head_steps": HEAD_STEPS, **read_toml(path)}
         hardware = Hardware(**data.pop("hardware")) if "hardware" in data else None
         yield Target(path.stem, kernels=GPU_KERNELS, signed_inputs=True, hardware=hardware, **data)
 

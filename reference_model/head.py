@@ -57,7 +57,9 @@ class HeadNetwork(nn.Module):
 
 
 State = tuple[Tensor, Tensor]  # noisy sample of the K tokens, of the rest
-Step = Callable[[State, tuple[Tensor, ...]], tuple[State, Tensor]]
+Rows = tuple[Tensor, ...]  # of each table
+Step = Callable[[State, Rows], tuple[State, Tensor]]
+Fold = Callable[[Step, State, Rows], State]
 
 
 class DiffusionHead(nn.Module):
@@ -71,8 +73,13 @@ class DiffusionHead(nn.Module):
         super().__init__()
         self.image_decoder = HeadNetwork(config)
 
-    def forward(
+    def forward(self, z: Tensor, **inputs: Tensor) -> Tensor | State:
+        """Denoised tokens (B, K, d). Inputs as in `denoise`."""
+        return self.denoise(fold, z, **inputs)[0]
+
+    def denoise(
         self,
+        fold: Fold,
         z: Tensor,  # (G, B, K, D)
         noise: Tensor,  # (B, K, d)
         step_noise: Tensor,  # (T, B, K, d)
@@ -83,8 +90,8 @@ class DiffusionHead(nn.Module):
         step_renorm: Tensor,  # (T, 1)
         rest: Tensor,  # (B, R): noise of the tokens not predicted now, see `norm_ratio`
         step_rest_noise: Tensor,  # (T, B, R)
-    ) -> Tensor:
-        """Denoised tokens (B, K, d)."""
+    ) -> State:
+        """Denoised tokens (B, K, d), and what the rest has become (B, R)."""
         network = self.image_decoder
         condition_z = network.time_cond_embed.condition_proj(z)  # (G, B, K, width)
         condition_t = network.time_cond_embed.timestep_proj(step_frequencies)  # (T, width)
@@ -111,15 +118,29 @@ class DiffusionHead(nn.Module):
             step_noise,
             step_rest_noise,
         )
-        denoised, _ = fold(step, (noise, rest), rows)
-        return denoised
+        return fold(step, (noise, rest), rows)
 
 
-def fold(step: Step, state: State, rows: tuple[Tensor, ...]) -> State:
+class UnrolledHead(DiffusionHead):
+    """A fixed number of steps, one behind the other in the graph: CUDA graphs can hold no loop.
+
+    More steps take more calls (nova_export/runtime/diffusion.py), so what the rest has become is an output.
+    """
+
+    def forward(self, z: Tensor, **inputs: Tensor) -> State:
+        return self.denoise(unroll, z, **inputs)
+
+
+def fold(step: Step, state: State, rows: Rows) -> State:
     """The state after `step(state, row)` of every row of the tables."""
     if torch.compiler.is_compiling():
         return scan(step, state, rows)[0]  # one loop in the graph, for any number of steps
-    for row in zip(*rows, strict=True):  # eager, a scan would be compiled anew for every shape
+    return unroll(step, state, rows)  # eager, a scan would be compiled anew for every shape
+
+
+def unroll(step: Step, state: State, rows: Rows) -> State:
+    """The same, step by step."""
+    for row in zip(*(table.unbind() for table in rows), strict=True):
         state, _ = step(state, row)
     return state
 

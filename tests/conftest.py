@@ -31,14 +31,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_bundle(shared: Path) -> Callable[[str], Path]:
-    """The bundle of a golden checkpoint by its name. Treat it as read-only; copy it to change it."""
+    """The bundle of a golden checkpoint, or of the demo, by its name. Read-only; copy it to change it."""
+    from nova_export.demo import demo_checkpoint
     from nova_export.export.build import build_bundle
 
     def bundle(name: str) -> Path:
         path = shared / name
         with (shared / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the first process builds, others wait for it
-            return path if path.exists() else build_bundle(GOLDEN / name / "checkpoint", path)
+            checkpoint = demo_checkpoint() if name == "demo" else GOLDEN / name / "checkpoint"
+            return path if path.exists() else build_bundle(checkpoint, path)
 
     return bundle
 

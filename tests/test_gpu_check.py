@@ -67,6 +67,8 @@ def test_what_fails_is_a_line_and_the_others_go_on(
     assert "cuda: times no-cuda-graphs" not in found  # those of engines alone
     without = [words for words in called if "--no-cuda-graphs" in words]
     assert [words[words.index("--device") + 1] for words in without] == ["tensorrt-rtx"]
+    assert found["tensorrt-rtx: stripped parity"]["result"] == {"of": "verify"}
+    assert "result" in found["rtx-ep: parity"] and "torch-tensorrt: engines" not in found
     assert "not_there" in found["tensorrt: engines"]["skipped"]
     assert not any("tensorrt" in words for words in called)
     assert set(FLAVOURS) == {"tensorrt-rtx", "tensorrt"}  # the script takes them all

@@ -12,20 +12,39 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nova_export.bundle import MANIFEST, Bundle, EngineEntry, file_entry, sha256
 from nova_export.engine.compatibility import changed, made_by
-from nova_export.engine.compiler import CompileJob, Shape, compile_engine
+from nova_export.engine.compiler import KEPT, Compiled, CompileJob, Shape, compile_engine
+from nova_export.engine.flavour import flavour, machine_capability
+from nova_export.engine.timing_cache import timing_file
 from nova_export.errors import OutputError, UsageError
 from nova_export.runtime.media import write_whole
 from nova_export.spec import Stage
 from nova_export.stages import Limits
-from nova_export.targets import TARGETS, Target, find
+from nova_export.targets import BUILDERS, TARGETS, Target, find
 
 FOLDER = "engines"
 
 Report = Callable[[str, str], object]  # stage name, what is being done to it
+
+
+class Builder(Protocol):
+    """What compiles a stage: the graph that the job names, or something else that computes the same."""
+
+    @property
+    def name(self) -> str: ...
+    def compile(self, job: CompileJob, stage: Stage, report: Callable[[str], object]) -> Compiled: ...
+
+
+class OnnxBuilder:
+    """TensorRT's own way, from the graph, in a process of its own."""
+
+    name = BUILDERS[0]
+
+    def compile(self, job: CompileJob, stage: Stage, report: Callable[[str], object]) -> Compiled:
+        return compile_engine(job, report)
 
 
 def build_engines(
@@ -34,15 +53,19 @@ def build_engines(
     *,
     limits: Limits | None = None,
     only: Sequence[str] = (),
+    weights: str = KEPT,
+    builder: Builder | None = None,
     report: Report = lambda stage, action: None,
 ) -> Bundle:
     """Compile the stages of the bundle in `folder` for a target, and the bundle with them.
 
     limits: the largest batch and the longest video that the engines take; one sample and the checkpoint's own
-    number of frames if not told. only: names of stages, all if none.
+    number of frames if not told. only: names of stages, all if none. weights: in the engines as always, or to
+    be exchanged later (refittable), or left out and read from the graph when an engine is loaded (stripped).
 
     Raises:
-        UsageError: the target has no engines, or the bundle's graphs are for another form of target.
+        UsageError: the target has no engines, or none with such weights, or the bundle's graphs are for
+            another form of target.
         ExportError: a stage cannot be compiled; the message names the node and the PyTorch module.
         OutputError: the bundle cannot be written to, or another build is at it.
     """
@@ -55,13 +78,15 @@ def build_engines(
             f"{folder}: its graphs are for target {bundle.target}, those for {target} are others; "
             f"`nova-export build CHECKPOINT --target {target}` makes them"
         )
+    _check_weights(wanted, weights)
     if unknown := set(only) - bundle.stages.keys():
         raise UsageError(f"stage {min(unknown)!r} is unknown; this bundle has {', '.join(bundle.stages)}")
     limits = limits or Limits(batch=1, frames=bundle.config.video_length)
     specs = bundle.specs(limits)
+    builder = builder or OnnxBuilder()
     with _locked(folder):
         for name in only or bundle.stages:
-            bundle = _built_or_kept(bundle, specs[name], wanted, report)
+            bundle = _built_or_kept(bundle, specs[name], wanted, weights, builder, report)
         _drop_unnamed(bundle)
     return bundle
 
@@ -74,14 +99,28 @@ def profile(stage: Stage) -> dict[str, tuple[Shape, Shape, Shape]]:
     return {name: (least[name], usual[name], most[name]) for name in least}
 
 
-def made_of(bundle: Bundle, stage: Stage, target: Target) -> dict[str, str]:
+def _check_weights(target: Target, weights: str) -> None:
+    """Whether engines for the target can be had without weights, or with such that can be exchanged."""
+    kind = flavour(target.runtime)
+    if weights != KEPT and not kind.strips_without_gpu and machine_capability() is None:
+        raise UsageError(
+            f"{kind.name} makes engines with {weights} weights only where there is a GPU, and this machine "
+            "has none; leave --weights out, or compile on the device"
+        )
+
+
+def made_of(bundle: Bundle, stage: Stage, target: Target, weights: str, builder: str) -> dict[str, str]:
     """What a stage's engine depends on."""
     files = [[path, bundle.files[path].sha256] for path in sorted(bundle.stages[stage.name].files)]
-    return {"graph": _digest(files), "profile": _digest(profile(stage)), **made_by(target)}
+    graph, shapes = _digest(files), _digest(profile(stage))
+    how = {"weights": weights, "builder": builder}
+    return {"graph": graph, "profile": shapes, **how, **made_by(target)}
 
 
-def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, report: Report) -> Bundle:
-    name, wanted = stage.name, made_of(bundle, stage, target)
+def _built_or_kept(
+    bundle: Bundle, stage: Stage, target: Target, weights: str, builder: Builder, report: Report
+) -> Bundle:
+    name, wanted = stage.name, made_of(bundle, stage, target, weights, builder.name)
     entry = bundle.engines.get(target.name, {}).get(name)
     why = changed(entry, wanted) if entry else "not there"
     if entry and not why:
@@ -101,8 +140,10 @@ def _built_or_kept(bundle: Bundle, stage: Stage, target: Target, report: Report)
         out=str(bundle.path(file)),
         profile=profile(stage),
         compute_capability=target.compute_capability,
+        weights=weights,
+        timings=None if target.compute_capability else str(timing_file(made_by(target))),
     )
-    done = compile_engine(job, lambda doing: report(name, doing))
+    done = builder.compile(job, stage, lambda doing: report(name, doing))
     made = EngineEntry(file=file, spec=stage, made_of=wanted, **asdict(done))
     return _listed(bundle, target.name, name, made)
 

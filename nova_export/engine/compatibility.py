@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nova_export.bundle import Bundle, EngineEntry
+from nova_export.engine.compiler import KEPT
 from nova_export.engine.flavour import flavour, machine_capability
 from nova_export.errors import BundleError, UsageError
-from nova_export.targets import TARGETS, Target, find
+from nova_export.targets import BUILDERS, TARGETS, Target, find
 
 
 def made_by(target: Target) -> dict[str, str]:
@@ -31,10 +32,13 @@ def _runtime(target: Target) -> dict[str, str]:
     return {"runtime": kind.name, "version": str(kind.load().__version__)}
 
 
+DEFAULTS = {"weights": KEPT, "builder": BUILDERS[0]}  # of engines that were made before there was a choice
+
+
 def changed(entry: EngineEntry, wanted: Mapping[str, str]) -> str:
     """Why an engine is not the wanted one; empty if it is."""
     for name, value in wanted.items():
-        if (had := entry.made_of.get(name)) != value:
+        if (had := entry.made_of.get(name, DEFAULTS.get(name))) != value:
             # Digests say nothing to a person.
             return f"another {name}" if name in ("graph", "profile") else f"{name} was {had!r}, is {value!r}"
     return ""

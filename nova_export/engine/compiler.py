@@ -23,6 +23,7 @@ from typing import Any
 from nova_export.child import die_with_parent, environment, memory
 from nova_export.engine.flavour import FLAVOURS, error_logger
 from nova_export.engine.layers import layers_of
+from nova_export.engine.timing_cache import keep_timings, use_timings
 from nova_export.errors import ExportError, NovaExportError
 from nova_export.onnx_files import module_of
 from nova_export.runtime.media import write_whole
@@ -30,19 +31,25 @@ from nova_export.runtime.media import write_whole
 NO_KERNEL = "not supported by a dedicated kernel"  # how TensorRT says that an attention is not fused
 MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
 
+KEPT, REFITTABLE, STRIPPED = "kept", "refittable", "stripped"
+WEIGHTS = {KEPT: (), REFITTABLE: ("REFIT",), STRIPPED: ("STRIP_PLAN",)}  # in an engine, and the flags for it
+
 Shape = tuple[int, ...]
 Report = Callable[[str], object]  # what is being done
 
 
 @dataclass(frozen=True)
 class CompileJob:
-    """profile: by input, its least, usual and largest shape. compute_capability: "8.9"; None for this GPU."""
+    """profile: by input, its least, usual and largest shape. compute_capability: "8.9"; None for this GPU.
+    weights: of WEIGHTS. timings: the file of engine/timing_cache.py; None without one."""
 
     flavour: str
     graph: str
     out: str
     profile: dict[str, tuple[Shape, Shape, Shape]]
     compute_capability: str | None
+    weights: str = KEPT
+    timings: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,12 +164,29 @@ def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Repor
     if job.compute_capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(trt, job.compute_capability), 0)
+    for flag in WEIGHTS[job.weights]:
+        config.set_flag(_flag(trt, flag, job.weights))
+    if job.timings:
+        use_timings(config, Path(job.timings))
+        logger.errors.clear()  # timings of another driver are none
     profile = builder.create_optimization_profile()
     for name, shapes in job.profile.items():
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
     attention = ("decomposed" if decompose else "fused") if attentions else None
-    return builder.build_serialized_network(network, config), attention
+    plan = builder.build_serialized_network(network, config)
+    if plan is not None and job.timings:
+        keep_timings(config, Path(job.timings))
+    return plan, attention
+
+
+def _flag(trt: Any, name: str, weights: str) -> Any:
+    if not hasattr(trt.BuilderFlag, name):
+        raise ExportError(
+            f"this version, {trt.__version__}, makes no engines with {weights} weights (BuilderFlag.{name}); "
+            "take a newer one, or leave --weights out"
+        )
+    return getattr(trt.BuilderFlag, name)
 
 
 def _capability(trt: Any, version: str) -> Any:

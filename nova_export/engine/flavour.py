@@ -15,11 +15,13 @@ COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _
 
 @dataclass(frozen=True)
 class Flavour:
-    """module: what is imported. extra: of this package, what brings it."""
+    """module: what is imported. extra: of this package, what brings it. strips_without_gpu: whether it makes
+    engines whose weights come later where there is no GPU."""
 
     name: str
     module: str
     extra: str
+    strips_without_gpu: bool = True
 
     def load(self) -> Any:
         """The module. Raises DependencyError where it is not installed, or cannot be loaded."""
@@ -33,7 +35,7 @@ class Flavour:
 
 
 FLAVOURS = {
-    "tensorrt-rtx": Flavour("TensorRT-RTX", "tensorrt_rtx", "rtx"),
+    "tensorrt-rtx": Flavour("TensorRT-RTX", "tensorrt_rtx", "rtx", strips_without_gpu=False),
     "tensorrt": Flavour("TensorRT", "tensorrt", "tensorrt"),
 }
 

@@ -21,11 +21,12 @@ from calibration.statistics import Statistics
 from nova_export.bundle import FORMAT_VERSION, MANIFEST, file_entry, sha256
 from nova_export.child import GB, available_memory
 from nova_export.config import NovaConfig
-from nova_export.engine.build import build_engines
+from nova_export.engine.build import Builder, OnnxBuilder, build_engines
 from nova_export.errors import BundleError, CheckpointError, MemoryShortage, UsageError
 from nova_export.export.build_stage import Job, Report, build_stages
 from nova_export.export.plan import export_bytes
 from nova_export.export.quantization import FloatSource, load_calibration
+from nova_export.export.torch_tensorrt import TorchTensorRt
 from nova_export.export.work_folder import (
     adopt,
     adopt_engines,
@@ -39,7 +40,7 @@ from nova_export.lean_stages import START
 from nova_export.runtime.schedule import make_schedule
 from nova_export.spec import Stage
 from nova_export.stages import stages
-from nova_export.targets import CPU, PRECISIONS, TARGETS, Precision, contained, find
+from nova_export.targets import BUILDERS, CPU, PRECISIONS, TARGETS, Precision, contained, find
 from reference_model.checkpoint import Weights, check_weights
 from reference_model.tokenizer import read_tokenizer
 
@@ -58,8 +59,10 @@ def build_bundle(
     float_layers: Mapping[str, tuple[str, ...]] | None = None,
     calibration: str | Path | None = None,
     lean_decode: bool = False,
+    head_steps: int | None = None,
     verify: bool = True,
     engines: bool = False,
+    builder: str = BUILDERS[0],
     force: bool = False,
     report: Report = lambda stage, action: None,
 ) -> Path:
@@ -71,7 +74,9 @@ def build_bundle(
     calibration: what int8 and fp16 take their ranges from (`calibration.collect`). Without it a build with
     int8 calibrates, and fp16 takes those of random inputs.
     lean_decode: the decoder in pieces that need a fraction of its memory (nova_export/lean_stages.py).
-    engines: whether those of the target are compiled too, before the bundle is put in its place.
+    head_steps: as in `stages`, but 0 makes it a loop; as the target has it if not told.
+    engines: whether those of the target are compiled too, before the bundle is put in its place. builder: of
+    BUILDERS, what compiles them.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, corrupt, unsafe or unknown.
@@ -81,11 +86,13 @@ def build_bundle(
     checkpoint, out = Path(checkpoint), Path(out)
     config = NovaConfig.from_checkpoint(checkpoint)
     lean = _frame_type(precision) if lean_decode else None
-    specs = stages(config, lean_decode=lean)
+    built_for = find(TARGETS, target)
+    head_steps = built_for.head_steps if head_steps is None else head_steps or None
+    specs = stages(config, lean_decode=lean, head_steps=head_steps)
     job = Job(
         checkpoint=checkpoint,
         config=config,
-        target=find(TARGETS, target),
+        target=built_for,
         precisions=_precisions(specs, precision, stage_precisions or {}, float_layers or {}),
         named=frozenset(stage_precisions or {}),
         float_layers=dict(float_layers or {}),
@@ -94,6 +101,9 @@ def build_bundle(
         code=_code_digest(),
     )
     _check_target(job)
+    engine_builder: Builder = OnnxBuilder()
+    if builder != engine_builder.name:
+        engine_builder = TorchTensorRt.of(checkpoint, config, job.precisions, job.target)
     check_out(out, force)
     tokenizer = None if job.config.is_class_conditional else read_tokenizer(checkpoint / "tokenizer")
     _check_checkpoint(job, specs)
@@ -102,7 +112,7 @@ def build_bundle(
     }
     statistics = load_calibration(Path(calibration), sources) if calibration else None
     with work_folder(out) as work:
-        source = _float_source(job, lean_decode, out, statistics, report)
+        source = _float_source(job, lean_decode, head_steps, out, statistics, report)
         statistics = source.statistics if source else statistics
         job = replace(job, source=source, statistics=statistics, rankings=_float_paths(out)[2])
         folders = [work, out, *([source.bundle.folder] if source else [])]
@@ -121,14 +131,17 @@ def build_bundle(
             "source": {"name": checkpoint.resolve().name, "parts": sources},
             "config": job.config.to_dict(),
             "lean_decode": lean,
+            "head_steps": head_steps,
             "tokenizer": TOKENIZER if tokenizer is not None else None,
             "stages": {name: {**record, "files": list(record["files"])} for name, record in records.items()},
             "engines": compiled,
             "files": files,
         }
         write_json(work / MANIFEST, manifest)
-        kept = build_engines(work, job.target.name, report=report).files if engines else files
-        publish(work, out, {MANIFEST, *kept})
+        if engines:
+            made = build_engines(work, job.target.name, builder=engine_builder, report=report)
+            files = dict(made.files)
+        publish(work, out, {MANIFEST, *files})
     for path in _float_paths(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return out
@@ -176,7 +189,12 @@ def _float_paths(out: Path) -> tuple[Path, Path, Path]:
 
 
 def _float_source(
-    job: Job, lean_decode: bool, out: Path, statistics: Statistics | None, report: Report
+    job: Job,
+    lean_decode: bool,
+    head_steps: int | None,
+    out: Path,
+    statistics: Statistics | None,
+    report: Report,
 ) -> FloatSource | None:
     """What stages in integers are made from; None where there are none."""
     wanted = [each for precision in job.precisions.values() for each in contained(precision)]
@@ -188,6 +206,7 @@ def _float_source(
         bundle,
         target=job.target.name,
         lean_decode=lean_decode,
+        head_steps=head_steps or 0,
         verify=job.verify,
         force=True,
         report=report,

@@ -6,10 +6,12 @@ import contextlib
 import io
 import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript.optimizer import fold_constants
 from torch import nn
@@ -62,7 +64,7 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path, opset: int = OPSET)
                 tuple(inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(_dynamic_dims(stage),),
+                dynamic_shapes=(dynamic_dims(stage),),
                 verbose=False,
             )
         except Exception as error:
@@ -78,6 +80,7 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path, opset: int = OPSET)
         if where:
             node.metadata_props[NAMESPACE] = where
     fold_constants(program.model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE)  # parts of weights
+    _share_constants(graph)
     for initializer in list(graph.initializers.values()):
         initializer.name = str(initializer.name).removeprefix("module.")
     if opset < OPSET:
@@ -85,6 +88,23 @@ def export_onnx(stage: Stage, module: nn.Module, path: Path, opset: int = OPSET)
     program.save(path, external_data=True)
     for initializer in graph.initializers.values():
         initializer.const_value = None  # the exporter's rewrite rules keep the last graph alive
+
+
+def _share_constants(graph: ir.Graph) -> None:
+    """One of the constants that every copy of a module has, where a loop over it was unrolled."""
+    same_place = defaultdict(list)
+    for value in graph.initializers.values():
+        users = [node.metadata_props.get(NAMESPACE, "") for node, _ in value.uses()]
+        modules = frozenset(user.rpartition("/")[0] for user in users)  # without the operator
+        same_place[value.dtype, str(value.shape), modules].append(value)
+    for values in same_place.values():
+        kept: dict[bytes, ir.Value] = {}
+        for value in values if len(values) > 1 else ():
+            assert value.const_value is not None
+            first = kept.setdefault(value.const_value.tobytes(), value)
+            if first is not value:
+                value.replace_all_uses_with(first)
+                del graph.initializers[str(value.name)]
 
 
 def _root_cause(error: BaseException) -> str:
@@ -105,7 +125,7 @@ class _Positional(nn.Module):
         return self.module(**dict(zip(self.names, tensors, strict=True)))
 
 
-def _dynamic_dims(stage: Stage) -> tuple[dict[int, Any], ...]:
+def dynamic_dims(stage: Stage) -> tuple[dict[int, Any], ...]:
     """Spec axes as torch.export wants them, one dict an input."""
     dynamic = torch.export.Dim.DYNAMIC
     return tuple(

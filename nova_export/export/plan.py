@@ -47,10 +47,12 @@ class Video:
     num_inference_steps: int = 64
     num_diffusion_steps: int = 25
     lean_decode: bool = False
+    head_steps: int | None = None
 
     @property
     def stages(self) -> dict[str, Stage]:
-        return stages(self.config, lean_decode="float32" if self.lean_decode else None)
+        lean = "float32" if self.lean_decode else None
+        return stages(self.config, lean_decode=lean, head_steps=self.head_steps)
 
     def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
         """at_most: the largest of the video; else those of a call in its middle."""
@@ -65,7 +67,7 @@ class Video:
             "next": max(sets) if at_most else -(-config.num_tokens // len(sets)),
             "passes": PASSES,
             "samples": self.batch,
-            "steps": self.num_diffusion_steps,
+            "steps": self.head_steps or self.num_diffusion_steps,
             "rest": 1,
             "latent_frames": min(self.frames, config.tiling.latent_frames),
         }
@@ -79,6 +81,8 @@ class Video:
         calls = of_phase.get(stage.phase, self.frames * sets)
         if is_piece(stage):
             calls *= self.tile_frames
+        if stage.name == "diffusion_head" and self.head_steps:
+            calls *= -(-self.num_diffusion_steps // self.head_steps)
         return PASSES if stage.name == "text_encoder" else calls
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_export.config import NovaConfig
+from nova_export.runtime.diffusion import denoise
 from nova_export.runtime.guidance import Guidance
 from nova_export.runtime.noise import Noise
 from nova_export.runtime.runner import Held, Runner
@@ -161,15 +162,11 @@ def generate_frame(
                 "next_ids": np.tile(chosen, (passes, 1)),
             }
         )["z"]
-        # 2. All diffusion steps of these tokens in one call.
+        # 2. All diffusion steps of these tokens.
         draws = draw_noise(plan, generator, positions, chosen, order[:, known + size :], predicted)
-        denoised = stage("diffusion_head").run(
-            {
-                "z": z.reshape(passes, plan.batch, size, -1),
-                **draws,
-                **step_tables(plan, (index + 1) / len(sizes)),
-            }
-        )["denoised"]
+        inputs = {"z": z.reshape(passes, plan.batch, size, -1), **draws}
+        tables = step_tables(plan, (index + 1) / len(sizes))
+        denoised = denoise(stage("diffusion_head"), {**inputs, **tables})["denoised"]
         # 3. Into the frame.
         tokens[np.arange(plan.batch)[:, None], chosen] = np.asarray(denoised)
         known += size

@@ -13,7 +13,11 @@ from nova_export.runtime.device_array import DeviceArray
 from nova_export.runtime.runner import Held, OrtSession
 from nova_export.spec import Stage
 
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "rtx-ep": "NvTensorRTRTXExecutionProvider",
+}
 
 
 class OrtCudaRunner(OrtSession):
@@ -26,11 +30,7 @@ class OrtCudaRunner(OrtSession):
     def __enter__(self) -> OrtCudaRunner:
         import onnxruntime as ort
 
-        if self.provider not in ort.get_available_providers():
-            raise DependencyError(
-                f"this ONNX Runtime {ort.__version__} is not for CUDA: pip install 'nova-export[cuda]', then "
-                "pip install --force-reinstall --no-deps onnxruntime-gpu"
-            )
+        self._check_provider(ort)
         super().__enter__()
         # Where the provider cannot start, ONNX Runtime says so on stderr and takes the CPU.
         if self.provider not in (used := self._session.get_providers()):
@@ -40,6 +40,14 @@ class OrtCudaRunner(OrtSession):
                 "`nova-export doctor` shows driver and versions, --device cpu does without"
             )
         return self
+
+    def _check_provider(self, ort: Any) -> None:
+        """Raises DependencyError where ONNX Runtime does not have it."""
+        if self.provider not in ort.get_available_providers():
+            raise DependencyError(
+                f"this ONNX Runtime {ort.__version__} is not for CUDA: pip install 'nova-export[cuda]', then "
+                "pip install --force-reinstall --no-deps onnxruntime-gpu"
+            )
 
     def run(self, inputs: Mapping[str, Held]) -> dict[str, DeviceArray]:
         """Outputs by name. Raises StageError: wrong inputs, or ONNX Runtime failed."""

@@ -21,8 +21,16 @@ class RtxRunner(TensorRtRunner):
     runtime = "tensorrt-rtx"
     captures = False
 
-    def __init__(self, stage: Stage, path: Path, gpu: Gpu, kernels: Path, cuda_graphs: bool = True) -> None:
-        super().__init__(stage, path, gpu, cuda_graphs)
+    def __init__(
+        self,
+        stage: Stage,
+        path: Path,
+        gpu: Gpu,
+        kernels: Path,
+        cuda_graphs: bool = True,
+        weights: Path | None = None,
+    ) -> None:
+        super().__init__(stage, path, gpu, cuda_graphs, weights)
         self.kernels = kernels
         self._compiled: Kernels | None = None
 

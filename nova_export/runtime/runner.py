@@ -70,12 +70,16 @@ class OrtSession:
         # Threads of one stage would spin on into the next one's time: benchmarks/LOG.md.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(str(self.path), options, providers=[self.provider])
+            self._session = self._make(ort, options)
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise BundleError(
                 f"{self.path}: ONNX Runtime {ort.__version__} cannot load it: {error}"
             ) from error
         return self
+
+    def _make(self, ort: Any, options: Any) -> Any:
+        """The session itself."""
+        return ort.InferenceSession(str(self.path), options, providers=[self.provider])
 
     def __exit__(self, *_: object) -> None:
         self._session = None

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
-from nova_export.bundle import Bundle, EngineEntry
+from nova_export.bundle import Bundle, EngineEntry, StageEntry
 from nova_export.child import GB, available_memory
 from nova_export.demo import cache_folder
 from nova_export.engine.compatibility import check_engines
+from nova_export.engine.compiler import STRIPPED
 from nova_export.engine.flavour import machine_capability
 from nova_export.errors import BundleError, DependencyError, MemoryShortage, UsageError
 from nova_export.lean_stages import DECODER
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.ort_cuda import PROVIDERS, OrtCudaRunner
+from nova_export.runtime.ort_rtx import OrtRtxRunner
 from nova_export.runtime.rtx import RtxRunner
 from nova_export.runtime.runner import OrtRunner, Runner
 from nova_export.runtime.tensorrt import TensorRtRunner
 from nova_export.spec import Stage
 from nova_export.targets import TARGETS, find
+
+RUNNERS: dict[str, Callable[[Stage, Path, int], Runner]] = {
+    "cpu": OrtRunner,
+    "cuda": OrtCudaRunner,
+    "rtx-ep": OrtRtxRunner,
+}
 
 
 def choose_device(bundle: Bundle) -> str:
@@ -60,9 +69,12 @@ def graph_bytes(bundle: Bundle) -> dict[str, int]:
     """Size of the stages' graphs with their weights, by phase."""
     sizes: dict[str, int] = {}
     for stage in bundle.stages.values():
-        size = sum(bundle.files[path].size for path in stage.files)
-        sizes[stage.spec.phase] = sizes.get(stage.spec.phase, 0) + size
+        sizes[stage.spec.phase] = sizes.get(stage.spec.phase, 0) + _graph_size(bundle, stage)
     return sizes
+
+
+def _graph_size(bundle: Bundle, stage: StageEntry) -> int:
+    return sum(bundle.files[path].size for path in stage.files)
 
 
 def check_memory(bundle: Bundle, device: str, low_memory: bool, there: int | None) -> None:
@@ -73,11 +85,11 @@ def check_memory(bundle: Bundle, device: str, low_memory: bool, there: int | Non
     weights = graph_bytes(bundle)
     scratch = dict.fromkeys(weights, 0)
     if device not in PROVIDERS:
-        weights = dict.fromkeys(weights, 0)
         for name, stage in bundle.stages.items():
             engine, phase = bundle.engines[device][name], stage.spec.phase
-            weights[phase] += engine.weight_bytes or 0
             scratch[phase] = max(scratch[phase], engine.activation_bytes or 0)
+            if not is_stripped(engine):  # whose weights are the graph's
+                weights[phase] += (engine.weight_bytes or 0) - _graph_size(bundle, stage)
     at_once = sum(weights.values()) + max(scratch.values())
     least = max(weights[phase] + scratch[phase] for phase in weights)
     needed = least if low_memory else at_once
@@ -91,6 +103,11 @@ def check_memory(bundle: Bundle, device: str, low_memory: bool, there: int | Non
     if device in PROVIDERS:
         sizes = f"its weights take {takes}, and {free} of memory are free"
     raise MemoryShortage(f"{bundle.folder}: {sizes}; {way}")
+
+
+def is_stripped(engine: EngineEntry) -> bool:
+    """Whether its weights are left out, and come from the graph when it is loaded."""
+    return engine.made_of.get("weights") == STRIPPED
 
 
 class StageRunners:
@@ -146,19 +163,21 @@ class StageRunners:
         if self.device in PROVIDERS:
             if not checked:
                 self.bundle.check_stage(name)
-            kind = OrtRunner if self.device == "cpu" else OrtCudaRunner
-            return kind(entry.spec, self.bundle.path(entry.graph), self.threads)
+            return RUNNERS[self.device](entry.spec, self.bundle.path(entry.graph), self.threads)
         engine = self.bundle.engines[self.device][name]
         if not checked:
             self.bundle.check(engine.file)
         if self._gpu is None:
             self._gpu = Gpu()
             check_memory(self.bundle, self.device, self.low_memory, self._gpu.free_memory())
-        path = self.bundle.path(engine.file)
+        path, weights = self.bundle.path(engine.file), None
+        if is_stripped(engine):
+            self.bundle.check_stage(name)
+            weights = self.bundle.path(entry.graph)
         if find(TARGETS, self.device).runtime == RtxRunner.runtime:
             kernels = kernel_file(self.bundle, engine)
-            return RtxRunner(engine.spec, path, self._gpu, kernels, self.cuda_graphs)
-        return TensorRtRunner(engine.spec, path, self._gpu, self.cuda_graphs)
+            return RtxRunner(engine.spec, path, self._gpu, kernels, self.cuda_graphs, weights)
+        return TensorRtRunner(engine.spec, path, self._gpu, self.cuda_graphs, weights)
 
     def close(self, keep_phase: str | None = None) -> None:
         """Free every open runner, but those of one phase if it is named."""

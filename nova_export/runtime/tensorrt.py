@@ -23,18 +23,41 @@ GRAPHED_PHASE = "step"  # hundreds of runs a video, of small kernels; others run
 RunnerType = TypeVar("RunnerType", bound="TensorRtRunner")
 
 
+class Renamed:
+    """An execution context whose tensors go by other names. names: the engine's, by ours."""
+
+    def __init__(self, context: Any, names: Mapping[str, str]) -> None:
+        self._context, self._names = context, names
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        return bool(self._context.set_input_shape(self._names.get(name, name), shape))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        return bool(self._context.set_tensor_address(self._names.get(name, name), address))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._context.get_tensor_shape(self._names.get(name, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
 class TensorRtRunner:
     """Outputs stay on the GPU. stage: the spec within the engine's limits.
 
     The engine computes in the scratch memory that all stages of `gpu` share. cuda_graphs: launch the kernels
-    of an AR step's stages all at once, see `StageGraphs`.
+    of an AR step's stages all at once, see `StageGraphs`. weights: the graph that the engine was made of,
+    where it was made without weights.
     """
 
     runtime = "tensorrt"  # of FLAVOURS
     captures = True  # graphs are captured by `StageGraphs`
 
-    def __init__(self, stage: Stage, path: Path, gpu: Gpu, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self, stage: Stage, path: Path, gpu: Gpu, cuda_graphs: bool = True, weights: Path | None = None
+    ) -> None:
         self.stage, self.path, self.gpu, self.cuda_graphs = stage, path, gpu, cuda_graphs
+        self.weights = weights
         self._flavour = flavour(self.runtime)
         self._engine: Any = None
         self._context: Context | None = None
@@ -48,6 +71,8 @@ class TensorRtRunner:
         try:
             if self._engine is None:
                 raise self._failed("does not load it")
+            if self.weights is not None:
+                self._refit(self.weights)
             self._open()
         except StageError as error:
             self.__exit__(None, None, None)
@@ -57,11 +82,26 @@ class TensorRtRunner:
             ) from error
         return self
 
+    def _refit(self, graph: Path) -> None:
+        """Give a stripped engine its weights. Raises StageError."""
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
+            raise self._failed(f"does not take the weights of {graph}")
+
     def _open(self) -> None:
+        # torch-tensorrt names tensors its own way; inputs, then outputs, are in order.
+        engine, tensors = self._engine, (*self.stage.inputs, *self.stage.outputs)
+        theirs = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        ours = [tensor.name for tensor in tensors]
+        if len(theirs) != len(ours):
+            raise self._failed(f"has tensors {', '.join(theirs)}, the stage {', '.join(ours)}")
+        self._names = {} if set(theirs) == set(ours) else dict(zip(ours, theirs, strict=True))
         self._on_host = {
             tensor.name
             for tensor in self.stage.inputs
-            if self._engine.get_tensor_location(tensor.name) == self._trt.TensorLocation.HOST
+            if engine.get_tensor_location(self._names.get(tensor.name, tensor.name))
+            == self._trt.TensorLocation.HOST
         }
         self._context = self._new_context()
         # What is read on the host is part of a graph: it would stay what it was at the capture.
@@ -111,14 +151,15 @@ class TensorRtRunner:
     def _aliased(self, output: str) -> str | None:
         """The input whose memory the engine writes this output to; versions before 10.15 know of none."""
         ask = getattr(self._engine, "get_aliased_input_tensor", None)
-        return ask(output) if ask else None
+        return ask(output) if ask and not self._names else None
 
     def _new_context(self, graphs: bool = False) -> Context:
         """graphs: it will run one shape alone. Raises StageError where TensorRT makes none."""
         context = self._create_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED, graphs)
         if context is None:
             raise self._failed("makes no execution context")
-        return Context(context, self.stage, self.gpu, self._engine.device_memory_size_v2, self._failed)
+        size = self._engine.device_memory_size_v2
+        return Context(Renamed(context, self._names), self.stage, self.gpu, size, self._failed)
 
     def _create_context(self, strategy: Any, graphs: bool) -> Any:
         return self._engine.create_execution_context(strategy)

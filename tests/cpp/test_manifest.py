@@ -92,7 +92,10 @@ def whole(video: bool = True, lean: bool = False) -> Manifest:
     config = NovaConfig.from_parts(**given)
     empty = {"size": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
     specs = {
-        name: spec.to_dict() for name, spec in stages(config, lean_decode="float16" if lean else None).items()
+        name: spec.to_dict()
+        for name, spec in stages(
+            config, lean_decode="float16" if lean else None, head_steps=5 if lean else None
+        ).items()
     }
     entry = {
         "graph": "stage.onnx",
@@ -124,6 +127,7 @@ def whole(video: bool = True, lean: bool = False) -> Manifest:
         "tokenizer": "tokenizer.json" if video else None,
         "stages": {name: {"spec": spec, **entry} for name, spec in json.loads(json.dumps(specs)).items()},
         "lean_decode": "float16" if lean else None,
+        "head_steps": 5 if lean else None,
         "engines": {"rtx-40": {"diffusion_head": json.loads(json.dumps(engine))}},
         "files": {path: dict(empty) for path in ("tokenizer.json", "stage.onnx", "other.onnx")},
     }
@@ -196,6 +200,7 @@ def python_answer(folder: Path) -> Any:
             },
             "tokenizer": bundle.tokenizer or "",
             "lean_decode": bundle.lean_decode or "",
+            "head_steps": bundle.head_steps,
             "files": {path: [entry.size, entry.sha256] for path, entry in bundle.files.items()},
         }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ from calibration import default_prompts
 from calibration.collect import calibrate
 from nova_export.bundle import Bundle
 from nova_export.demo import demo_checkpoint
+from nova_export.engine.build import profile
+from nova_export.engine.compiler import CompileJob, compile_engine
+from nova_export.export.quantization import FloatSource, quantize_stage
 from nova_export.lean_stages import is_piece
+from nova_export.stages import Limits
+from nova_export.targets import ENCODERS, HEAD_STEPS, PRECISIONS, TARGETS, find
 from tests.command_line import nova_export
 from tests.conftest import GOLDEN
 
@@ -54,6 +60,8 @@ def test_every_stage_in_fp16(name: str, tmp_path: Path) -> None:
         assert all("Half" in layer["inputs"] and "Float" not in layer["inputs"] for layer in layers), stage
         assert engine.weight_bytes is not None
         assert engine.weight_bytes < 1.2 * data_bytes(bundle, stage) + 50_000, stage  # held once, in 16 bits
+    head = engines["diffusion_head"].spec.axis("steps")
+    assert (head.min, head.max) == (HEAD_STEPS, HEAD_STEPS)  # unrolled, so that CUDA graphs can hold it
 
 
 @HEAVY
@@ -65,6 +73,27 @@ def test_the_pieces_of_a_lean_decode(tmp_path: Path) -> None:
     assert len(pieces) == 11
     for engine in pieces:
         assert {tensor.dtype for tensor in engine.spec.inputs} <= {"float16", "float32"}
+
+
+@pytest.mark.parametrize("name", ["t2i", "t2v", "t2v-rope", pytest.param("demo", marks=HEAVY)])
+def test_transformers_in_int8(golden_bundle: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Products of 8 bits with 8 bits, on one run's ranges; where there is no fused attention is told."""
+    bundle = Bundle.open(golden_bundle(name))
+    frames = min(2, bundle.config.video_length)
+    prompts, short = default_prompts(bundle.config, 1), {"max_latent_length": frames, **SHORT}
+    source = FloatSource(bundle, calibrate(bundle, prompts, 5, tmp_path / "c.npz", **short))
+    specs = bundle.specs(Limits(1, bundle.config.video_length))
+    for stage in ENCODERS:
+        graph = tmp_path / f"{stage}.onnx"
+        quantize_stage(source, stage, graph, find(PRECISIONS, "int8"), find(TARGETS, "rtx-40"))
+        job = CompileJob("tensorrt-rtx", str(graph), str(tmp_path / stage), profile(specs[stage]), "8.9")
+        engine = compile_engine(job)
+        products = [layer for layer in engine.layers if layer["kind"] == "gemm"]
+        assert [layer for layer in products if layer["inputs"] == "Int8" and "Int8" in layer["weights"]], (
+            stage
+        )
+        assert engine.weight_bytes and engine.weight_bytes < 0.55 * data_bytes(bundle, stage), stage
+        assert engine.attention in ("fused", "decomposed"), stage
 
 
 @HEAVY

@@ -126,7 +126,7 @@ def test_engines_are_part_of_the_bundle(
     """Stopped while they are compiled there is no bundle yet, and the next run finds what was finished."""
     found: list[list[str]] = []
 
-    def compile_next(folder: Path, target: str, report: Any) -> Bundle:
+    def compile_next(folder: Path, target: str, **options: Any) -> Bundle:
         """One engine more; interrupted after the first."""
         opened = Bundle.open(folder)
         there = opened.engines.get(target, {})

@@ -141,6 +141,17 @@ def test_the_verdict_follows_the_memory(config: NovaConfig) -> None:
     assert planned(config).verdict == "memory unknown" and planned(config).seconds is None
 
 
+def test_an_unrolled_head_is_called_so_often(config: NovaConfig) -> None:
+    looped = Video(config, num_inference_steps=4, num_diffusion_steps=11)
+    unrolled = replace(looped, head_steps=5)
+    head, whole = (video.stages["diffusion_head"] for video in (unrolled, looped))
+    assert unrolled.calls(head) == 3 * looped.calls(whole)
+    assert unrolled.sizes(head, at_most=True)["steps"] == 5
+    assert unrolled.calls(unrolled.stages["spatial_encoder"]) == looped.calls(
+        looped.stages["spatial_encoder"]
+    )
+
+
 def test_time_is_bound_by_weights_or_by_arithmetic(config: NovaConfig) -> None:
     target = find(TARGETS, "l4")
     assert target.hardware

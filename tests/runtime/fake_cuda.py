@@ -48,7 +48,7 @@ class FakeCuda:
         return 0, {2: b"out of memory", 900: b"not permitted in a capture"}.get(status, b"failed")
 
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
-        return 0, self.memory - sum(map(len, self.live.values())), self.memory
+        return 0, self.memory - sum(map(len, list(self.live.values()))), self.memory
 
     def cudaGetLastError(self) -> tuple[int]:
         last, self.error = self.error, 0
@@ -69,7 +69,7 @@ class FakeCuda:
         assert stream == 7 and size > 0
         if self.spoils():
             return self.error, 0
-        if size + sum(map(len, self.live.values())) > self.memory:
+        if size + sum(map(len, list(self.live.values()))) > self.memory:
             return self._failed(2), 0
         memory = (ctypes.c_ubyte * size)(*([JUNK] * min(size, 64)))
         pointer = ctypes.addressof(memory)

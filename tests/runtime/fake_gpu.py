@@ -20,6 +20,7 @@ from nova_export.runtime import stage_runners
 from tests.runtime.fake_cuda import JUNK, FakeCuda, Work
 
 VERSION, CAPABILITY, TARGET = "1.2.3", "8.9", "rtx-40"
+STRIPPED = b"an engine without weights"
 FOUR_FRAMES = {  # a call in which each shape of an AR step comes four times
     "prompt": "a red circle moving right",
     "max_latent_length": 4,
@@ -32,6 +33,7 @@ FOUR_FRAMES = {  # a call in which each shape of an AR step comes four times
 class FakeTensorRt:
     """The part of the module that running takes. on_host: inputs that engines read on the host.
 
+    numbers_tensors: as engines of torch-tensorrt do.
     capturable: what contexts answer when asked; None for versions without the question. in_capture: done by
     engines within a capture. contexts: those that are alive.
     """
@@ -49,7 +51,9 @@ class FakeTensorRt:
         aliases: bool = False,
         on_host: tuple[str, ...] = (),
         capturable: bool | None = None,
+        numbers_tensors: bool = False,
     ) -> None:
+        self.numbers_tensors = numbers_tensors
         self.cuda, self.aliases, self.on_host, self.capturable = cuda, aliases, on_host, capturable
         self.scratch: set[int] = set()  # addresses of what engines computed in
         self.fails = ""
@@ -60,7 +64,15 @@ class FakeTensorRt:
     def Runtime(self, logger: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda data: self._engine(logger, data))
 
+    def Refitter(self, engine: FakeEngine, logger: Any) -> FakeRefitter:
+        return FakeRefitter(engine)
+
+    def OnnxParserRefitter(self, refitter: FakeRefitter, logger: Any) -> Any:
+        return SimpleNamespace(refit_from_file=partial(refitter.read, logger))
+
     def _engine(self, logger: Any, data: bytes) -> Any:
+        if data == STRIPPED:
+            return FakeEngine(self, logger, None)
         if not data.startswith(b"/"):
             logger.log(1, "magic tag does not match")
             return None
@@ -118,20 +130,48 @@ class FakeConfig:
         self.strategy = strategy
 
 
+class FakeRefitter:
+    """Gives an engine its weights, in two steps as the real one: they are read, then they are there."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.graph: Path | None = None
+
+    def read(self, logger: Any, path: str) -> bool:
+        if not Path(path).name.endswith(".onnx"):
+            logger.log(1, f"{path} is no graph")
+            return False
+        self.graph = Path(path)
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        assert self.graph
+        self.engine.load(self.graph)
+        return True
+
+
 class FakeEngine:
+    """graph: None for one without weights."""
+
     device_memory_size_v2 = 4096
 
-    def __init__(self, trt: FakeTensorRt, logger: Any, graph: Path) -> None:
-        import onnxruntime as ort
-
+    def __init__(self, trt: FakeTensorRt, logger: Any, graph: Path | None) -> None:
         self.trt, self.logger = trt, logger
-        options = ort.SessionOptions()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self.session: Any = None
+        if graph is not None:
+            self.load(graph)
         if isinstance(trt, FakeRtx):
             self.create_runtime_config = lambda: FakeConfig(logger)
 
+    def load(self, graph: Path) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
     def create_execution_context(self, how: int | FakeConfig) -> FakeContext | None:
+        assert self.session, "an engine without weights"
         config = how if isinstance(how, FakeConfig) else FakeConfig(self.logger)
         assert config.strategy == 2 if config is how else how == 2
         if len(self.trt.contexts) >= self.trt.most_contexts:
@@ -141,8 +181,24 @@ class FakeEngine:
         self.trt.contexts.add(context)
         return context
 
+    @property
+    def tensors(self) -> list[str]:
+        """Their names, inputs first."""
+        return [each.name for each in (*self.session.get_inputs(), *self.session.get_outputs())]
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return f"arg_{index}" if self.trt.numbers_tensors else self.tensors[index]
+
+    def own_name(self, name: str) -> str:
+        """Of a tensor of the graph, by its name in the engine."""
+        return self.tensors[int(name.removeprefix("arg_"))] if self.trt.numbers_tensors else name
+
     def get_tensor_location(self, name: str) -> int:
-        return int(name in self.trt.on_host)
+        return int(self.own_name(name) in self.trt.on_host)
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return name.removeprefix("new_") if self.trt.aliases and name.startswith("new_") else None
@@ -170,13 +226,14 @@ class FakeContext:
         return np.dtype({"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}[name])
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        name = self.engine.own_name(name)
         self.is_new |= self.shapes.get(name) != shape
         self.shapes[name] = shape
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert address, name
-        self.addresses[name] = address
+        self.addresses[self.engine.own_name(name)] = address
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -186,6 +243,9 @@ class FakeContext:
         self.engine.trt.scratch.add(memory)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shape(self.engine.own_name(name))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
         feeds = {i.name: np.zeros(self.shapes[i.name], self.types[i.name]) for i in self.session.get_inputs()}
         return tuple(self.session.run([name], feeds)[0].shape)
 
@@ -221,7 +281,7 @@ class FakeContext:
     def _sizes(self, shapes: dict[str, Any]) -> dict[str, int]:
         """Bytes of the outputs."""
         names = [output.name for output in self.session.get_outputs()]
-        return {n: int(np.prod(self.get_tensor_shape(n))) * self.types[n].itemsize for n in names}
+        return {n: int(np.prod(self._shape(n))) * self.types[n].itemsize for n in names}
 
     def _compile_and_count(self, place: Any) -> None:
         """As TensorRT-RTX does: each shape's kernel once; a graph at the second run in the same place."""
@@ -293,7 +353,8 @@ def add_engines(bundle: Path, target: str = TARGET, **made_of: str) -> None:
     (bundle / "engines").mkdir()
     for name, stage in opened.stages.items():
         file = f"engines/{name}.engine"
-        (bundle / file).write_text(str(bundle / stage.graph))
+        stripped = made_of.get("weights") == "stripped"
+        (bundle / file).write_bytes(STRIPPED if stripped else str(bundle / stage.graph).encode())
         manifest["files"][file] = file_entry(bundle / file)
         entry = EngineEntry(file, stage.spec, made_of, None, None, None, 0, 0.0)
         engines[name] = {**vars(entry), "spec": stage.spec.to_dict()}

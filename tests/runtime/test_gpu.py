@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +19,17 @@ import nova_export
 from nova_export.bundle import MANIFEST, Bundle
 from nova_export.engine import flavour
 from nova_export.errors import BundleError, DependencyError, MemoryShortage, StageError, UsageError
+from nova_export.runtime import ort_rtx, stage_runners
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.device_array import DeviceArray
 from nova_export.runtime.ort_cuda import OrtCudaRunner
+from nova_export.runtime.ort_rtx import OrtRtxRunner
 from nova_export.runtime.pipeline import Pipeline
 from nova_export.runtime.runner import OrtRunner
 from nova_export.runtime.stage_runners import choose_device
+from nova_export.runtime.tensorrt import TensorRtRunner
 from nova_export.stages import cache_names
-from tests.runtime.fake_gpu import CAPABILITY, TARGET, Machine, add_engines
+from tests.runtime.fake_gpu import CAPABILITY, STRIPPED, TARGET, Machine, add_engines
 
 CALL = {
     "prompt": "a red circle moving right",
@@ -64,7 +68,9 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Bundle:
 # TensorRT
 
 
-@pytest.mark.parametrize("options", [{}, {"aliases": True}, {"on_host": ("cache_length",)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"aliases": True}, {"on_host": ("cache_length",)}, {"numbers_tensors": True}], ids=str
+)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_engines_make_the_same_video(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], low_memory: bool
@@ -121,6 +127,40 @@ def test_engines_of_other_machines_are_not_loaded(
         assert f"nova-export engines {path} --target {TARGET}" in str(caught.value)
         assert "--device cpu" in str(caught.value)
     nova_export.load(path, device="cpu")
+
+
+@pytest.mark.parametrize("target", [TARGET, "tensorrt"])
+def test_stripped_engines_get_their_weights_from_the_graphs(
+    golden_bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    path = Path(shutil.copytree(golden_bundle("t2v"), tmp_path / "bundle"))
+    add_engines(path, target, weights="stripped")
+    expected = nova_export.load(path, device="cpu")(**CALL)
+    Machine(monkeypatch, target)
+    np.testing.assert_array_equal(nova_export.load(path)(**CALL).frames, expected.frames)
+
+    weights = sum(file.stat().st_size for file in path.glob("*.onnx.data"))
+    short = Machine(monkeypatch, target)
+    short.cuda.memory = weights  # TensorRT says that the engines themselves hold none
+    with pytest.raises(MemoryShortage, match="its engines take"):
+        nova_export.load(path)(**CALL)
+
+    data = path / "condition.onnx.data"
+    data.write_bytes(data.read_bytes()[::-1])
+    Machine(monkeypatch, target)
+    with pytest.raises(BundleError, match=r"condition\.onnx\.data: was changed"):
+        nova_export.load(path)(**CALL)
+
+
+def test_weights_that_an_engine_does_not_take(
+    golden_bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch, "tensorrt")
+    engine, stage = tmp_path / "engine", Bundle.open(golden_bundle("t2v")).stages["condition"].spec
+    engine.write_bytes(STRIPPED)
+    runner = TensorRtRunner(stage, engine, Gpu(), weights=tmp_path / "no graph")
+    with pytest.raises(BundleError, match="no graph is no graph"), runner:
+        pass
 
 
 def test_a_missing_engine_is_named(bundle: Path, machine: Machine) -> None:
@@ -249,7 +289,7 @@ def test_the_first_target_that_fits_is_taken(bundle: Path, machine: Machine) -> 
 
 
 def test_a_device_that_is_not_there(bundle: Path, machine: Machine) -> None:
-    with pytest.raises(UsageError, match="device 'rtx-50': this bundle runs on cuda, cpu, rtx-40"):
+    with pytest.raises(UsageError, match="device 'rtx-50': this bundle runs on cpu, cuda, rtx-ep, rtx-40"):
         nova_export.load(bundle, device="rtx-50")
     machine.has(None)
     with pytest.raises(UsageError, match="rtx-40: there is no NVIDIA GPU in this machine; --device cpu"):
@@ -315,6 +355,64 @@ def test_aliased_outputs_are_the_memory_of_their_inputs(golden_bundle: Callable[
     for tensor in entry.spec.outputs:
         if tensor.alias:
             assert second[tensor.name].pointer == caches[tensor.alias].pointer
+
+
+class FakePlugin:
+    """The plugin of TensorRT-RTX, by name ONNX Runtime's own provider for CPUs, so that it has devices."""
+
+    def __init__(self, name: str = "CPUExecutionProvider", library: str = "plugin.so") -> None:
+        self.name, self.library = name, library
+        self.registered: list[tuple[str, str]] = []
+        self.fails = ""
+
+    def get_ep_name(self) -> str:
+        return self.name
+
+    def get_library_path(self) -> str:
+        return self.library
+
+    def register(self, name: str, library: str) -> None:
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.registered.append((name, library))
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> FakePlugin:
+    import onnxruntime
+
+    made = FakePlugin()
+    monkeypatch.setitem(sys.modules, ort_rtx.PLUGIN, made)
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", made.register)
+    monkeypatch.setattr(ort_rtx, "_registered", set())
+    return made
+
+
+def test_a_plugin_of_onnx_runtime_makes_the_same(
+    golden_bundle: Callable[[str], Path], plugin: FakePlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is registered once; sessions are made for its devices, and for no providers by name."""
+    path = golden_bundle("t2v")
+    expected = nova_export.load(path, device="cpu")(**CALL)
+    monkeypatch.setitem(stage_runners.RUNNERS, "rtx-ep", partial(OrtRtxRunner, device="cpu"))
+    actual = nova_export.load(path, device="rtx-ep")(**CALL)
+    np.testing.assert_array_equal(actual.frames, expected.frames)
+    assert plugin.registered == [("CPUExecutionProvider", "plugin.so")]
+
+
+def test_no_plugin_no_driver_no_gpu(
+    golden_bundle: Callable[[str], Path], plugin: FakePlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(DependencyError, match=words):
+            nova_export.load(golden_bundle("t2i"), device="rtx-ep")("a")
+
+    plugin.fails = "libcuda.so.1: cannot open shared object file"
+    refused(r"cannot load the plugin of TensorRT-RTX: libcuda\.so\.1.*needs an RTX GPU")
+    plugin.fails, plugin.name = "", "NvTensorRTRTXExecutionProvider"
+    refused("finds no GPU")
+    monkeypatch.setitem(sys.modules, ort_rtx.PLUGIN, None)
+    refused(r"no plugin of TensorRT-RTX.*pip install 'nova-export\[rtx-ep\]'")
 
 
 def test_an_onnx_runtime_for_cpus_alone_is_refused(golden_bundle: Callable[[str], Path]) -> None:

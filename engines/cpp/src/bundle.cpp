@@ -60,7 +60,7 @@ StageEntry stage_of(const std::string& name, const Field& data) {
     return entry;
 }
 
-std::optional<std::int64_t> bytes_of(const Field& data) {
+std::optional<std::int64_t> whole_or_null(const Field& data) {
     if (data.is_null()) return std::nullopt;
     return data.whole("a whole number or null");
 }
@@ -75,8 +75,8 @@ EngineEntry engine_of(const std::string& name, const Field& data) {
     if (const Field attention = data.at("attention"); !attention.is_null()) {
         entry.attention = attention.text("text or null");
     }
-    entry.activation_bytes = bytes_of(data.at("activation_bytes"));
-    entry.weight_bytes = bytes_of(data.at("weight_bytes"));
+    entry.activation_bytes = whole_or_null(data.at("activation_bytes"));
+    entry.weight_bytes = whole_or_null(data.at("weight_bytes"));
     data.at("peak_bytes").whole();
     data.at("seconds").number();
     if (const auto layers = data.find("layers")) {
@@ -109,6 +109,7 @@ Manifest read_manifest(const Field& data) {
             type->wrong("float32, float16 or null");
         }
     }
+    if (const auto steps = data.find("head_steps")) manifest.head_steps = whole_or_null(*steps);
     return manifest;
 }
 

@@ -43,6 +43,7 @@ struct Manifest {
     std::map<std::string, std::map<std::string, EngineEntry>> engines; ///< by target, then by stage
     std::string tokenizer;                                             ///< empty for none
     std::string lean_decode;                                           ///< a number type; empty for none
+    std::optional<std::int64_t> head_steps; ///< diffusion steps in a call of the head; none for a loop
     std::map<std::string, FileEntry> files;
 
     /// Error(bundle). file: what messages call it.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "diffusion.hpp"
 #include "tokens.hpp"
 
 namespace nova {
@@ -131,11 +132,11 @@ class Generation {
                                           {"next_ids", tile(ids(known, size), passes)}},
                                          Place::device);
             const Array& z = outputs.at("z");
-            // 2. All diffusion steps of these tokens in one call.
+            // 2. All diffusion steps of these tokens.
             Arrays inputs = draw_noise(known, size);
             inputs["z"] = z.reshape({passes, plan_.batch, size, z.shape()[2]});
             add_tables(inputs, static_cast<double>(index + 1) / static_cast<double>(steps));
-            const Array denoised = stages_.run("diffusion_head", inputs, Place::host).at("denoised");
+            const Array denoised = denoise(stages_, std::move(inputs));
             // 3. Into the frame.
             put(denoised, tokens, known, size);
             known += size;

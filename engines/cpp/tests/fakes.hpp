@@ -29,7 +29,7 @@ inline Config small_config() {
 /// The head gives back a tenth of its noise, the decoder the latents' first channel as grey.
 class FakeStages : public Stages {
   public:
-    explicit FakeStages(const Config& config) : config_(config) {}
+    explicit FakeStages(const Config& config) : config_(config) { spec_.axes = {{"steps", 1, 25, 1000}}; }
 
     const StageSpec& spec(const std::string&) const override { return spec_; }
 

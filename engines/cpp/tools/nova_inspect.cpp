@@ -84,6 +84,7 @@ Json shown(const Bundle& bundle) {
             {"engines", engines},
             {"tokenizer", bundle.tokenizer},
             {"lean_decode", bundle.lean_decode},
+            {"head_steps", bundle.head_steps ? Json(*bundle.head_steps) : Json()},
             {"files", files}};
 }
 
