@@ -31,7 +31,9 @@ PACKED_LOOP = 1.8  # the head's: of the diffusion loop's body nearly all
 SCORES = 2  # its attention keeps scores, and their softmax
 CONVOLUTIONS = 2.6  # activations of a video autoencoder there, over those counted: windows of 3D convolutions
 WORKSPACE = 1 << 23  # TensorRT's figure for the smallest engine
-ENGINE_VAE = 1.12  # TensorRT's activations of a video autoencoder, over those counted
+ENGINE_DECODER = (
+    1.12  # TensorRT's activations of a video decoder, over those counted; an encoder's are as counted
+)
 ENGINE_PIECE = 0.6  # of a piece of a lean decode: norm and SiLU are part of its convolution
 COMPILE = 3.0, GB // 4  # times the weights of the largest stage, and beside them
 SCALE = 4  # of a block of weights in integers
@@ -289,8 +291,8 @@ def activation_bytes(
         if is_video_vae and not is_piece(stage):  # whose convolutions are in 2D
             factor = CONVOLUTIONS
         return int(size * (factor * cost.activations + SCORES * cost.scores))
-    if is_video_vae:
-        factor = ENGINE_PIECE if is_piece(stage) else ENGINE_VAE
+    if is_video_vae and stage.phase == "decode":
+        factor = ENGINE_PIECE if is_piece(stage) else ENGINE_DECODER
     return int(size * factor * cost.activations) + WORKSPACE
 
 
