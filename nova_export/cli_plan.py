@@ -75,11 +75,11 @@ def plan(
     there = available_memory() if memory is None and chosen == CPU else memory and int(memory * GB)
     made, others = planning.make_plan(costs, chosen, wanted, there), []
     if made.verdict == "does not fit":
-        others = [(found.name, other.verdict) for found, other in planning.fitting(costs, chosen, there)]
+        others = [(option, other.verdict) for option, other in planning.fitting(costs, chosen, there)]
     if as_json:
         click.echo(json.dumps({**made.to_dict(), "fitting": dict(others)}))
         return
     click.echo(made.table())
     if made.verdict == "does not fit":
-        shown = ", ".join(f"{name} {how}" for name, how in others)
+        shown = ", ".join(f"{option} {how}" for option, how in others)
         click.echo(f"what would: {shown or 'no precision'}")

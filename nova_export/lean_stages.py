@@ -6,6 +6,10 @@ piece's `arguments` are its place in the decoder and the type of frames, "float3
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 from nova_export.config import NovaConfig
 from nova_export.errors import UsageError
 from nova_export.spec import Axis, Stage, Tensor
@@ -13,6 +17,7 @@ from nova_export.spec import Axis, Stage, Tensor
 FAMILY = "AutoencoderKLOpenSora"
 LEAN_BLOCKS = 2  # the last ones, and what makes their frames; none of these two grows in time
 GROUPS = 32  # of every norm
+TAPS = 3  # frames that a convolution sees
 BETWEEN = ("here", "near", "here_1", "near_1", "here_2", "near_2")
 MODULE = "reference_model.vae.lean"
 DECODER = "vae_decoder"  # what the names of all pieces begin with
@@ -52,6 +57,50 @@ def lean_decoder(config: NovaConfig, frame_type: str, largest: tuple[int, ...] |
 def is_piece(stage: Stage) -> bool:
     """Whether it is called for every frame of a tile."""
     return stage.module.startswith(f"{MODULE}:") and stage.name != START
+
+
+def enlarges(stage: Stage) -> bool:
+    """Whether its frames are larger than those that it gets: then they are made again, each time."""
+    return [tensor.name for tensor in stage.inputs] == ["frame"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Values of frames: of all that there are while a piece runs, and of those of one call."""
+
+    between: int
+    call: int
+
+
+def kept_frames(stages: Iterable[Stage], frames: int) -> dict[str, Kept]:
+    """By piece, as nova_export/runtime/lean_decode.py keeps them, for clips of so many frames of pixels.
+
+    They are as large as the axes of `stages` allow; which may hold others too.
+    """
+    pieces = [stage for stage in stages if is_piece(stage)]
+    sizes = [_frame_sizes(piece) for piece in pieces]
+    kept: dict[str, Kept] = {}
+    read = block = 0  # of what the piece reads, of what the residual block at work got
+    for piece, size, following in zip(pieces, sizes, [*sizes[1:], {}], strict=False):
+        read = read or (frames // 2 + 1) * size["here"]
+        next_frame = following.get("frame", 0)
+        call = sum(size.values()) + next_frame
+        if enlarges(piece):
+            kept[piece.name] = Kept(read, call)
+            read += TAPS * next_frame
+            continue
+        if "residual" not in size:
+            block = read
+        made = frames * next_frame
+        kept[piece.name] = Kept(read + (block if "residual" in size else made), call)
+        read = made
+    return kept
+
+
+def _frame_sizes(piece: Stage) -> dict[str, int]:
+    """Values of each frame that a call takes, at the most."""
+    most = piece.shapes({axis.name: axis.max for axis in piece.axes})
+    return {name: math.prod(shape) for name, shape in most.items() if len(shape) == 4}
 
 
 class _Cut:

@@ -17,7 +17,8 @@ from nova_export.toml_file import read_toml
 @dataclass(frozen=True)
 class Hardware:
     """A device, from its maker's data sheets. memory: in GB, of which system and driver take `system`.
-    bandwidth: in GB/s. half, int8: 10^12 operations a second in float16 and int8, without sparsity."""
+    bandwidth: in GB/s. half, int8: 10^12 operations a second in float16 and int8, without sparsity. unified:
+    whether the GPU's memory is the machine's."""
 
     compute_capability: str
     memory: float
@@ -25,6 +26,7 @@ class Hardware:
     bandwidth: float
     half: float
     int8: float
+    unified: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class EagerPipeline:
                 latents = latents + self.predict(
                     latents, context, earlier, now, grown, scheduler, draws.normal, observe
                 )
-                step = Step(t, num_frames, i, len(sets), _numpy(latents))
+                step = Step(t, num_frames, i, len(sets), partial(_numpy, latents))
                 if callback is not None and callback(step) is False:
                     raise Cancelled(f"cancelled at frame {t + 1} of {num_frames}, step {i + 1}")
             yield latents

@@ -38,7 +38,7 @@ class NoiseSource:
             raise KeyboardInterrupt
         self.calls.append((prompt, arguments))
         if callback is not None:
-            callback(Step(0, 2, 0, 2, np.zeros(1)))
+            callback(Step(0, 2, 0, 2, lambda: np.zeros(1, np.float32)))
         rng = np.random.default_rng([arguments["seed"], *prompt.encode()])
         count, length = arguments["num_images_per_prompt"], arguments["max_latent_length"]
         frames = rng.integers(0, 256, (count, 4 * length - 3, 16, 16, 3)).astype(np.uint8)

@@ -253,7 +253,7 @@ class TruthSource:
         self.calls.append((prompt, arguments))
         rng = np.random.default_rng(arguments["seed"])
         if callback is not None:
-            callback(Step(0, 1, 0, 2, np.zeros(1)))
+            callback(Step(0, 1, 0, 2, lambda: np.zeros(1, np.float32)))
         made = [self.frames(text, arguments["max_latent_length"], rng) for text in prompt]
         return Output(np.stack(made), np.zeros((len(made), 1, 1, 1, 1), np.float32), arguments["seed"])
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nova_export.child import die_with_parent, environment, memory
 from nova_export.engine.flavour import FLAVOURS, error_logger
@@ -129,22 +129,29 @@ def _compile(job: CompileJob, report: Report) -> Compiled:
         found.update((each[1], int(each[2])) for each in MEMORY.finditer(said))
         layers[:] = layers_of(said) or layers
 
-    logger, plan = error_logger(trt, listen), None
-    for decompose in (False, True):
-        plan, attention = _plan(trt, logger, job, decompose, report)
-        if plan is not None or not any(NO_KERNEL in error for error in logger.errors):
-            break
-    name = f"{FLAVOURS[job.flavour].name} {trt.__version__}"
-    if plan is None:
-        said = logger.errors[-1] if logger.errors else "it does not say why"
-        raise ExportError(f"{name} cannot compile {job.graph}: {said}")
-    write_whole(Path(job.out), lambda file: file.write_bytes(memoryview(plan)))
+    logger = error_logger(trt, listen)
+    attention: str | None = None
+
+    def build(file: Path) -> None:
+        nonlocal attention
+        for decompose in (False, True):
+            built, attention = _build(trt, logger, job, decompose, report, file)
+            if built or not any(NO_KERNEL in error for error in logger.errors):
+                break
+        if not built:
+            name = f"{FLAVOURS[job.flavour].name} {trt.__version__}"
+            said = logger.errors[-1] if logger.errors else "it does not say why"
+            raise ExportError(f"{name} cannot compile {job.graph}: {said}")
+
+    write_whole(Path(job.out), build)
     peak, seconds = memory("VmHWM"), round(time.monotonic() - started, 2)
     return Compiled(attention, found.get("Activation"), found.get("Weights"), peak, seconds, layers)
 
 
-def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Report) -> tuple[Any, str | None]:
-    """The serialized engine, None if it cannot be had, and what became of attention; None without any.
+def _build(
+    trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Report, file: Path
+) -> tuple[bool, str | None]:
+    """Whether the engine can be had, which is in `file` then, and what became of attention; None without any.
 
     decompose: whether attention may be made of products and a softmax where no kernel fuses it.
     """
@@ -174,10 +181,10 @@ def _plan(trt: Any, logger: Any, job: CompileJob, decompose: bool, report: Repor
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
     attention = ("decomposed" if decompose else "fused") if attentions else None
-    plan = builder.build_serialized_network(network, config)
-    if plan is not None and job.timings:
+    built = _serialize(trt, builder, network, config, file)
+    if built and job.timings:
         keep_timings(config, Path(job.timings))
-    return plan, attention
+    return built, attention
 
 
 def _flag(trt: Any, name: str, weights: str) -> Any:
@@ -187,6 +194,42 @@ def _flag(trt: Any, name: str, weights: str) -> Any:
             "take a newer one, or leave --weights out"
         )
     return getattr(trt.BuilderFlag, name)
+
+
+def _serialize(trt: Any, builder: Any, network: Any, config: Any, file: Path) -> bool:
+    """Compile into a file; part by part, where this version can: else all of it is in memory once more.
+
+    Raises OSError where it cannot be written.
+    """
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        plan = builder.build_serialized_network(network, config)
+        if plan is not None:
+            file.write_bytes(memoryview(plan))
+        return plan is not None
+    with file.open("wb") as out:
+        writer = _writer(trt, out)
+        built: bool = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error:
+        raise writer.error
+    return built
+
+
+def _writer(trt: Any, out: BinaryIO) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        """Into a file. Through TensorRT no error comes out: it is kept."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return out.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+
+    return Writer()
 
 
 def _capability(trt: Any, version: str) -> Any:

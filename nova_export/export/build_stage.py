@@ -24,11 +24,11 @@ from nova_export.export.precision import Verdict, change_precision, check_gate, 
 from nova_export.export.quantization import FloatSource, FormName, compare_on_runs, quantize_stage
 from nova_export.export.sensitivity import spared_layers
 from nova_export.export.speed import median_seconds
-from nova_export.export.verify import check_cases, reference_cases
+from nova_export.export.verify import PlainRunner, check_cases, reference_cases
 from nova_export.export.work_folder import adopt, read_record
 from nova_export.runtime.runner import OrtRunner
 from nova_export.spec import Stage
-from nova_export.targets import FP32, Precision, Target, contained
+from nova_export.targets import CPU, FP32, Precision, Target, contained
 from reference_model.checkpoint import load_module
 
 WORTH_IT = 0.95  # of fp32's time: what is hardly faster, or by chance, is not worth the bits
@@ -218,13 +218,15 @@ def _float_stage(job: Job, spec: Stage, work: Path, report: Report) -> dict[str,
         report(spec.name, f"changing to {precision.name}")
         seen = job.statistics.largest_of(spec.name) if job.statistics else None
         changes = change_precision(spec, graph, precision, job.target, cases, seen)
+        _return_memory()  # the float32 weights' file, which is replaced, was mapped
     verified = None
     if checked:
         report(spec.name, "verifying")
         check = partial(check_gate, precision=precision) if gated else check_cases
         with tempfile.TemporaryDirectory(dir=work) as folder:
             here = runnable_here(graph, precision, job.target, Path(folder))
-            with OrtRunner(spec, here) as runner:
+            kind = PlainRunner if gated and job.target != CPU else OrtRunner
+            with kind(spec, here) as runner:
                 verified = {**check(spec, runner, cases), **changes}
         del cases
     _return_memory()

@@ -6,15 +6,16 @@ measured: benchmarks/LOG.md. Bytes throughout; GB are 10^9.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nova_export.child import GB
 from nova_export.config import NovaConfig
+from nova_export.errors import UsageError
 from nova_export.export.meter import Cost, stage_cost
-from nova_export.lean_stages import is_piece
+from nova_export.lean_stages import Kept, is_piece, kept_frames
 from nova_export.runtime.decode import tiles
 from nova_export.runtime.tokens import set_sizes
 from nova_export.spec import Stage
@@ -30,11 +31,13 @@ PACKED_LOOP = 1.8  # the head's: of the diffusion loop's body nearly all
 SCORES = 2  # its attention keeps scores, and their softmax
 CONVOLUTIONS = 2.6  # activations of a video autoencoder there, over those counted: windows of 3D convolutions
 WORKSPACE = 1 << 23  # TensorRT's figure for the smallest engine
-ENGINE_VAE = 1.12  # TensorRT's activations of a video autoencoder, over those counted
+ENGINE_DECODER = (
+    1.12  # TensorRT's activations of a video decoder, over those counted; an encoder's are as counted
+)
 ENGINE_PIECE = 0.6  # of a piece of a lean decode: norm and SiLU are part of its convolution
 COMPILE = 3.0, GB // 4  # times the weights of the largest stage, and beside them
 SCALE = 4  # of a block of weights in integers
-COLUMNS = ("stage", "precision", "weights MB", "activations MB", "calls", "at least ms a call")
+COLUMNS = ("stage", "precision", "weights MB", "activations MB", "frames MB", "calls", "at least ms a call")
 
 
 @dataclass(frozen=True)
@@ -94,27 +97,34 @@ class Video:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """weights, activations: as the runtime keeps them. seconds: at least, of one call; None where the
-    target's rates are unknown."""
+    """weights, activations: as the runtime keeps them. frames: of a lean decode, all that there are while
+    this piece runs; call_frames: those of one call. seconds: at least, of one call; None where the target's
+    rates are unknown."""
 
     name: str
     phase: str
     precision: str
     weights: int
     activations: int
+    frames: int
+    call_frames: int
     calls: int
     seconds: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a video takes. caches: of keys and values. memory: what there is for it; None if unknown."""
+    """What a video takes. caches: of keys and values. memory: what there is for it; None if unknown.
+
+    frames_on_host: whether those of a lean decode wait in another memory, with --low-memory.
+    """
 
     target: str
     stages: tuple[StagePlan, ...]
     caches: int
     memory: int | None
     build: int
+    frames_on_host: bool = False
 
     @property
     def run(self) -> int:
@@ -126,15 +136,16 @@ class Plan:
         """With the stages of one phase loaded at a time."""
         phases = {stage.phase for stage in self.stages}
         return max(
-            self._needs([stage for stage in self.stages if stage.phase == phase])
+            self._needs([stage for stage in self.stages if stage.phase == phase], self.frames_on_host)
             + (self.caches if phase in LOOPS else 0)
             for phase in phases
         )
 
-    def _needs(self, loaded: Collection[StagePlan]) -> int:
+    def _needs(self, loaded: Collection[StagePlan], frames_on_host: bool = False) -> int:
         beside = RUNTIME if self.target == CPU.name else 0
-        largest = max(stage.activations for stage in loaded)
-        return beside + largest + sum(stage.weights for stage in loaded)
+        scratch = max(stage.activations for stage in loaded)  # that all of them compute in
+        frames = max(stage.call_frames if frames_on_host else stage.frames for stage in loaded)
+        return beside + scratch + frames + sum(stage.weights for stage in loaded)
 
     @property
     def seconds(self) -> float | None:
@@ -169,6 +180,7 @@ class Plan:
                 stage.precision,
                 f"{stage.weights / 1e6:.1f}",
                 f"{stage.activations / 1e6:.1f}",
+                f"{stage.frames / 1e6:.1f}" if stage.frames else "-",
                 str(stage.calls),
                 "-" if stage.seconds is None else f"{1000 * stage.seconds:.3g}",
             )
@@ -212,10 +224,11 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
     hardware, video = target.hardware, costs.video
     if memory is None and hardware:
         memory = int((hardware.memory - hardware.system) * GB)
-    made, kept = [], kept_frames(video)
+    made, kept = [], kept_frames(video.stages.values(), video.tile_frames)
     for name, stage in video.stages.items():
         of_stage, cost = precision.of_stage(name), costs.largest[name]
         weights = loaded = weight_bytes(cost, of_stage)
+        frames, of_frame = kept.get(name, Kept(0, 0)), 2 if of_stage.half else 4
         if target.runtime is None:
             loaded = int(weights * (PACKED_LOOP if name == "diffusion_head" else PACKED))
         made.append(
@@ -224,8 +237,9 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
                 phase=stage.phase,
                 precision=of_stage.name,
                 weights=loaded,
-                activations=activation_bytes(stage, cost, of_stage, target, video.config)
-                + kept.get(name, 0) * (2 if of_stage.half else 4),
+                activations=activation_bytes(stage, cost, of_stage, target, video.config),
+                frames=of_frame * frames.between,
+                call_frames=of_frame * frames.call,
                 calls=video.calls(stage),
                 seconds=_seconds(costs.usual[name], weights, of_stage, hardware),
             )
@@ -236,16 +250,25 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
         build = max(build, int(factor * max(stage.weights for stage in made) + beside))
     in_place = 4 * sum(cost.in_place for cost in costs.largest.values())  # float32 in any precision
     caches = in_place * (2 if target.runtime else 1)  # an engine has each twice
-    return Plan(target.name, tuple(made), caches, memory, build)
+    apart = target.runtime is not None and not (hardware and hardware.unified)
+    return Plan(target.name, tuple(made), caches, memory, build, frames_on_host=apart)
 
 
-def fitting(costs: Costs, target: Target, memory: int | None = None) -> Iterator[tuple[Precision, Plan]]:
-    """Precisions with which a target has the memory, be it with --low-memory; the most exact first."""
-    for precision in PRECISIONS:
-        if not precision.fastest_of and precision.half in (None, *target.kernels):
-            plan = make_plan(costs, target, precision, memory)
-            if plan.verdict.startswith("fits"):
-                yield precision, plan
+def fitting(costs: Costs, target: Target, memory: int | None = None) -> Iterator[tuple[str, Plan]]:
+    """Options with which a target has the memory, be it with --low-memory; the most exact precision first.
+
+    The whole decoder's before those of a lean decode, where the checkpoint can have one.
+    """
+    kinds = {"": costs}
+    if not costs.video.lean_decode:
+        with suppress(UsageError):
+            kinds["--lean-decode"] = Costs.count(replace(costs.video, lean_decode=True))
+    for option, counted in kinds.items():
+        for precision in PRECISIONS:
+            if not precision.fastest_of and precision.half in (None, *target.kernels):
+                plan = make_plan(counted, target, precision, memory)
+                if plan.verdict.startswith("fits"):
+                    yield f"{precision.name} {option}".strip(), plan
 
 
 def weight_bytes(cost: Cost, precision: Precision) -> int:
@@ -272,26 +295,9 @@ def activation_bytes(
         if is_video_vae and not is_piece(stage):  # whose convolutions are in 2D
             factor = CONVOLUTIONS
         return int(size * (factor * cost.activations + SCORES * cost.scores))
-    if is_video_vae:
-        factor = ENGINE_PIECE if is_piece(stage) else ENGINE_VAE
+    if is_video_vae and stage.phase == "decode":
+        factor = ENGINE_PIECE if is_piece(stage) else ENGINE_DECODER
     return int(size * factor * cost.activations) + WORKSPACE
-
-
-def kept_frames(video: Video) -> dict[str, int]:
-    """By piece of a lean decode: values of the frames that are there while it runs, those it gets and makes.
-
-    What a residual block got goes as its last piece makes frames of it, one by one.
-    """
-    frames: dict[str, dict[str, int]] = {}
-    for name, stage in video.stages.items():
-        if is_piece(stage):
-            sizes = {each: math.prod(shape) for each, shape in stage.shapes(video.sizes(stage, True)).items()}
-            frames[name] = {each: video.tile_frames * size for each, size in sizes.items()}
-    kept = {}
-    for (name, given), following in zip(frames.items(), [*frames.values(), {}][1:], strict=True):
-        made = following.get("frame", 0)
-        kept[name] = given.get("frame", given.get("here", 0)) + max(made, given.get("residual", 0))
-    return kept
 
 
 def _seconds(cost: Cost, weights: int, precision: Precision, hardware: Hardware | None) -> float | None:

@@ -76,6 +76,8 @@ def _session(model: bytes, folder: Path, threads: int) -> Any:
     # In the graph's order. By default what leads to an output comes last, and all values are held till then.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    # Weights are read where they lie in their file, and not copied into the order that kernels like.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Gpu:
             self._call("cudaStreamSynchronize", self.stream)
             return host
 
-        return DeviceArray(pointer, shape, dtype, owner, fetch)
+        return DeviceArray(pointer, shape, dtype, owner, fetch, self.join)
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """A copy on the GPU. The array may be changed or freed afterwards: pageable memory is staged."""
@@ -81,6 +82,17 @@ class Gpu:
             array = np.ascontiguousarray(array)
             self._copy(to, array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
 
+    def join(self, rows: Sequence[Sequence[DeviceArray]]) -> DeviceArray:
+        """Rows of parts (1, n, d) as one array: a row's behind one another, rows of equal length."""
+        first = rows[0][0]
+        shape = (len(rows), sum(part.shape[1] for part in rows[0]), *first.shape[2:])
+        held = self.empty(shape, str(first.dtype))
+        to = held.pointer
+        for part in chain.from_iterable(rows):
+            self.write(to, part)
+            to += part.nbytes
+        return held
+
     def read(self, start: int, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         """A copy, in memory of its own, of what lies at an address of the GPU."""
         held = self.empty(shape, dtype)
@@ -90,6 +102,10 @@ class Gpu:
     def arena(self, size: int) -> int:
         """Where `size` bytes of scratch begin that all stages share: one runs at a time."""
         return self._arena.at_least(size)
+
+    def free_arena(self) -> None:
+        """Its next use makes another one."""
+        self._arena.free()
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """What `enqueue` puts on the stream, as a graph that was not run. Raises StageError."""
@@ -151,9 +167,12 @@ class Arena:
     def at_least(self, size: int) -> int:
         """Where `size` bytes begin."""
         if self._held is None or self._held.nbytes < size:
-            self._held = None  # freed before the larger one is there
+            self.free()  # before the larger one is there
             self._held = self._gpu.empty((size,), "uint8")
         return self._held.pointer
+
+    def free(self) -> None:
+        self._held = None
 
 
 class _Memory:

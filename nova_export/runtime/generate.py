@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nova_export.config import NovaConfig
+from nova_export.runtime.device_array import joined, rows_of
 from nova_export.runtime.diffusion import denoise
 from nova_export.runtime.guidance import Guidance
 from nova_export.runtime.noise import Noise
@@ -30,13 +32,18 @@ StageGetter = Callable[[str], Runner]
 
 @dataclass(frozen=True)
 class Step:
-    """One finished AR step. `latents` (B, C, h, w) is the frame so far; `is_last` when the frame is whole."""
+    """One finished AR step; `is_last` when the frame is whole. read: gives the latents, see there."""
 
     frame: int
     num_frames: int
     step: int
     num_steps: int
-    latents: Floats
+    read: Callable[[], Floats]
+
+    @cached_property
+    def latents(self) -> Floats:
+        """The frame so far (B, C, h, w). On a GPU, who asks waits for it."""
+        return self.read()
 
     @property
     def is_last(self) -> bool:
@@ -105,8 +112,9 @@ def generate_latents(
             order = np.argsort(uniform[..., 0], axis=1, kind="stable")
         # 3. The frame, set by set.
         for step in generate_frame(plan, stage, context, order, generator, frame):
-            latents = step.latents
             yield step
+            if step.is_last:
+                latents = step.latents
 
 
 def encode_frame(
@@ -145,11 +153,15 @@ def encode_frame(
 def generate_frame(
     plan: Plan, stage: StageGetter, context: Held, order: Ints, generator: Noise, frame: int
 ) -> Iterator[Step]:
-    """The AR steps of one frame. Every frame starts from zero latents with all N tokens masked."""
+    """The AR steps of one frame. Every frame starts from zero latents with all N tokens masked.
+
+    Tokens stand in the order in which they are predicted, so each step's go behind those before, and what
+    the head makes on a GPU stays there until the frame is whole.
+    """
     config, passes = plan.config, plan.guidance.passes
     sizes = set_sizes(config.num_tokens, plan.num_inference_steps)
     positions = token_positions(config, plan.batch)
-    tokens = np.zeros((plan.batch, config.num_tokens, config.token_dim), np.float32)
+    tokens: Held = np.zeros((plan.rows, 0, config.token_dim), np.float32)
     known = 0
     for index, size in enumerate(sizes):
         predicted, chosen = order[:, :known], order[:, known : known + size]
@@ -157,7 +169,7 @@ def generate_frame(
         z = stage("spatial_encoder").run(
             {
                 "context": context,
-                "tokens": np.tile(take(tokens, predicted), (passes, 1, 1)),
+                "tokens": tokens,
                 "predicted_ids": np.tile(predicted, (passes, 1)),
                 "next_ids": np.tile(chosen, (passes, 1)),
             }
@@ -168,9 +180,23 @@ def generate_frame(
         tables = step_tables(plan, (index + 1) / len(sizes))
         denoised = denoise(stage("diffusion_head"), {**inputs, **tables})["denoised"]
         # 3. Into the frame.
-        tokens[np.arange(plan.batch)[:, None], chosen] = np.asarray(denoised)
+        tokens = with_tokens(tokens, denoised, passes)
         known += size
-        yield Step(frame, plan.num_frames, index, len(sizes), unpatchify(tokens, config))
+        read = partial(frame_latents, config, tokens, order[:, :known])
+        yield Step(frame, plan.num_frames, index, len(sizes), read)
+
+
+def with_tokens(known: Held, made: Held, passes: int) -> Held:
+    """Tokens (rows, P, d), and behind them those just made (B, K, d), which all passes share."""
+    parts = zip(rows_of(known), rows_of(made) * passes, strict=True)
+    return joined([[part for part in row if part.shape[1]] for row in parts])
+
+
+def frame_latents(config: NovaConfig, tokens: Held, ids: Ints) -> Floats:
+    """Latents (B, C, h, w) of the tokens that there are, which are the frame's `ids` (B, P); else zeros."""
+    placed = np.zeros((len(ids), config.num_tokens, config.token_dim), np.float32)
+    placed[np.arange(len(ids))[:, None], ids] = np.asarray(tokens)[: len(ids)]
+    return unpatchify(placed, config)
 
 
 def step_tables(plan: Plan, progress: float) -> dict[str, Floats]:

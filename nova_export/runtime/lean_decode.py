@@ -1,21 +1,24 @@
 """A tile decoded layer by layer, frame by frame: runs what reference_model/vae/lean.py cuts the decoder into.
 
 A tensor of the last blocks takes gigabytes, and a decoder in one graph holds several. Here the frames of a
-layer stand apart, and are freed as soon as those of the next are made of them. They can wait in the machine's
-own memory, for a GPU that is too small even for these.
+layer stand apart, and are freed as soon as those of the next are made of them. Those that an upsampler makes
+are four times as large as what it makes them of, and so are made again each time they are read. The others
+can wait in the machine's own memory, for a GPU that is too small even for these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_export.runtime.device_array import DeviceArray
-from nova_export.runtime.runner import Held, Runner
+from nova_export.lean_stages import enlarges
+from nova_export.runtime.device_array import Held, rows_of
+from nova_export.runtime.runner import Runner
 
 Floats = NDArray[np.float32]
+Arrays = Mapping[str, Held]
 
 
 def decode_lean(
@@ -26,35 +29,74 @@ def decode_lean(
     pieces: names of stages, in order. frames_on_host: only what a call needs is on its device.
     """
     start = dict(stage(pieces[0]).run({"latents": latents}))
-    frames, statistics = _rows(start.pop("next_frames")), _over_frames([start])
-    block: list[Held] = []  # the frames that the residual block at work got
+    frames: Iterable[Held] = rows_of(start.pop("next_frames"))
+    statistics = _over_frames([start])
+    block = frames  # those that the residual block at work got
     for name in pieces[1:]:
-        runner = stage(name)
-        takes = {tensor.name for tensor in runner.stage.inputs}
-        ends = "residual" in takes
-        of_frames = _between(frames) if "here" in takes else _in_order(frames, block if ends else [])
-        if not ends:
-            block = list(frames)
-        made = []
+        piece = Piece(stage(name), statistics, frames_on_host)
+        if enlarges(piece.stage):
+            statistics = _over_frames([piece.made({"frame": frame})[1] for frame in frames])
+            frames = Enlarged(piece, frames)
+            continue
+        if "residual" in piece.takes:
+            of_frames = _in_order(_taken(frames), _taken(block))
+        else:
+            block = frames
+            of_frames = _in_order(frames) if "frame" in piece.takes else _between(list(frames))
+        frames, of_each = [], []
         for arrays in of_frames:
-            inputs = {name: array for name, array in {**arrays, **statistics}.items() if name in takes}
-            outputs = runner.run(inputs)
-            made.append(
-                {name: np.asarray(array) if frames_on_host else array for name, array in outputs.items()}
-            )
-        frames = [outputs.pop(runner.stage.outputs[0].name) for outputs in made]
-        statistics = _over_frames(made)
+            frame, of_frame = piece.made(arrays)
+            frames.append(frame)
+            of_each.append(of_frame)
+        statistics = _over_frames(of_each)
     return np.stack([np.asarray(frame) for frame in frames], axis=2)
 
 
-def _in_order(frames: list[Held], block: list[Held]) -> Iterator[dict[str, Held]]:
-    """Every frame with the two before it and the block's own; none is kept longer than it is needed."""
-    past_1 = past_2 = frames[0]  # in time, the first frame is repeated in front
-    while frames:
-        frame = frames.pop(0)
-        residual = {"residual": block.pop(0)} if block else {}
-        yield {"frame": frame, "past_1": past_1, "past_2": past_2, **residual}
+class Piece:
+    """One that runs for every frame. statistics: of what it normalises."""
+
+    def __init__(self, runner: Runner, statistics: Arrays, frames_on_host: bool) -> None:
+        self.stage, self._run = runner.stage, runner.run
+        self.takes = {tensor.name for tensor in self.stage.inputs}
+        self._statistics = {name: array for name, array in statistics.items() if name in self.takes}
+        self._frames_on_host = frames_on_host and not enlarges(self.stage)  # those are not kept
+
+    def made(self, arrays: Arrays) -> tuple[Held, Arrays]:
+        """A frame, and its statistics."""
+        outputs = dict(self._run({**arrays, **self._statistics}))
+        frame = outputs.pop(self.stage.outputs[0].name)
+        return np.asarray(frame) if self._frames_on_host else frame, outputs
+
+
+class Enlarged:
+    """Frames that an upsampler makes of smaller ones, each time that they are gone through."""
+
+    def __init__(self, upsampler: Piece, frames: Iterable[Held]) -> None:
+        self._upsampler, self._frames = upsampler, frames
+
+    def __iter__(self) -> Iterator[Held]:
+        return (self._upsampler.made({"frame": frame})[0] for frame in self._frames)
+
+
+def _in_order(frames: Iterable[Held], block: Iterator[Held] | None = None) -> Iterator[Arrays]:
+    """Every frame with the two before it, and the block's own if told."""
+    past_1: Held | None = None
+    past_2: Held | None = None
+    for frame in frames:
+        if past_1 is None or past_2 is None:  # in time, the first frame is repeated in front
+            past_1 = past_2 = frame
+        inputs = {"frame": frame, "past_1": past_1, "past_2": past_2}
+        yield inputs if block is None else {**inputs, "residual": next(block)}
         past_1, past_2 = frame, past_1
+
+
+def _taken(frames: Iterable[Held]) -> Iterator[Held]:
+    """One by one. Those that are kept are not kept any longer."""
+    if not isinstance(frames, list):
+        yield from frames
+        return
+    while frames:
+        yield frames.pop(0)
 
 
 def _between(frames: Sequence[Held]) -> Iterator[dict[str, Held]]:
@@ -83,10 +125,3 @@ def _over_frames(made: Sequence[Mapping[str, Held]]) -> dict[str, Floats]:
     mean = means.mean(axis=0)
     variance = (variances + (means - mean) ** 2).mean(axis=0)
     return {"mean": mean.astype(np.float32), "variance": variance.astype(np.float32)}
-
-
-def _rows(array: Held) -> list[Held]:
-    """Along the first axis, which each keeps with a size of 1."""
-    if isinstance(array, DeviceArray):
-        return list(array.rows())
-    return [array[index : index + 1] for index in range(len(array))]

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_export.errors import BundleError, StageError
-from nova_export.runtime.device_array import DeviceArray
+from nova_export.runtime.device_array import Held as Held
 from nova_export.spec import Stage
 
 Array = NDArray[Any]
-Held = Array | DeviceArray  # on the host, or on a GPU
 
 
 class Runner(Protocol):
@@ -56,6 +55,7 @@ class OrtSession:
     """A stage's graph in ONNX Runtime. `threads` 0 leaves their number to it."""
 
     provider = "CPUExecutionProvider"
+    optimizes = True
 
     def __init__(self, stage: Stage, path: Path, threads: int = 0) -> None:
         self.stage, self.path, self.threads = stage, path, threads
@@ -67,6 +67,8 @@ class OrtSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3  # errors; they are raised as well
+        if not self.optimizes:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Threads of one stage would spin on into the next one's time: benchmarks/LOG.md.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:

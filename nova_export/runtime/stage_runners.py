@@ -180,9 +180,12 @@ class StageRunners:
         return TensorRtRunner(engine.spec, path, self._gpu, self.cuda_graphs, weights)
 
     def close(self, keep_phase: str | None = None) -> None:
-        """Free every open runner, but those of one phase if it is named."""
-        for name in [n for n, runner in self._open.items() if runner.stage.phase != keep_phase]:
+        """Free every open runner, but those of one phase if it is named, and what they computed in."""
+        closed = [name for name, runner in self._open.items() if runner.stage.phase != keep_phase]
+        for name in closed:
             self._open.pop(name).__exit__(None, None, None)
+        if closed and self._gpu:
+            self._gpu.free_arena()
 
 
 def kernel_file(bundle: Bundle, engine: EngineEntry) -> Path:

@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from nova_export.config import NovaConfig
 from nova_export.export import build
 from nova_export.export.meter import stage_cost
-from nova_export.export.plan import GB, RUNTIME, Costs, Plan, Video, make_plan, weight_bytes
+from nova_export.export.plan import GB, RUNTIME, Costs, Plan, Video, fitting, make_plan, weight_bytes
 from nova_export.runtime import stage_runners
 from nova_export.spec import Axis, Stage
 from nova_export.spec import Tensor as Spec
 from nova_export.stages import stages
 from nova_export.targets import PRECISIONS, TARGETS, Target, find
 from reference_model.checkpoint import Weights
+from reference_model.init import resolve
 from tests.command_line import nova_export, only_error
 from tests.conftest import GOLDEN
 
@@ -179,6 +180,33 @@ def test_the_command_says_what_would_fit() -> None:
     found = json.loads(nova_export(*small, "--memory", "0.02", "--json").out)
     assert found["verdict"] == "does not fit" and {s["name"] for s in found["stages"]} >= {"vae_decoder"}
     assert all(how.startswith("fits") for how in found["fitting"].values())
+
+
+def test_a_lean_decode_is_offered_where_the_whole_does_not_fit(config: NovaConfig) -> None:
+    target, half = find(TARGETS, "rtx-4090"), find(PRECISIONS, "fp16")
+    costs = [Costs.count(Video(config, frames=5, lean_decode=lean)) for lean in (False, True)]
+    whole, lean = (make_plan(each, target, half) for each in costs)
+    assert lean.run_low_memory < whole.run_low_memory
+    options = dict(fitting(costs[0], target, lean.run_low_memory))
+    assert "fp16" not in options and options["fp16 --lean-decode"].verdict == "fits with --low-memory"
+    assert {option.partition(" ")[2] for option, _ in fitting(costs[1], target)} == {""}
+
+
+def test_an_exact_decode_at_full_size_fits_a_jetson_of_8_gb() -> None:
+    """Frames between pieces are the machine's with --low-memory: of a Jetson that is the same memory."""
+    full = NovaConfig.from_parts(**vars(resolve("nova-d48w1024-osp480", "2x64")))
+    costs = Costs.count(Video(full, frames=9, lean_decode=True))
+    jetson, apart = (
+        make_plan(costs, find(TARGETS, name), find(PRECISIONS, "fp16"))
+        for name in ("jetson-orin-nano-8gb", "rtx-4090")
+    )
+    assert jetson.verdict == "fits with --low-memory" and 4.5 * GB < jetson.run_low_memory < 5.5 * GB
+    assert apart.run_low_memory < 3.5 * GB
+    assert jetson.run == apart.run  # both keep frames where they are, else
+    decode = [stage for stage in jetson.stages if stage.phase == "decode"]
+    scratch, frames = max(s.activations for s in decode), max(s.frames for s in decode)
+    assert scratch < 1.5 * GB and frames < 3.3 * GB
+    assert jetson.run_low_memory == scratch + frames + sum(s.weights for s in decode)
 
 
 def test_a_bundle_is_planned_as_its_checkpoint(golden_bundle: Callable[[str], Path]) -> None:

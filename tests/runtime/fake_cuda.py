@@ -20,7 +20,7 @@ class FakeCuda:
     """The functions of cuda.bindings.runtime that are used. live: bytes by address; uploads: their sizes.
 
     While a stream is captured, work is recorded and not done; what waits, allocates or frees then spoils it.
-    graphs: what executables do, by handle; begun, launched: how often.
+    graphs: what executables do, by handle; begun, launched, waits: how often.
     """
 
     cudaMemcpyKind = SimpleNamespace(
@@ -41,7 +41,7 @@ class FakeCuda:
         self.spoiled = False
         self.captured: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
-        self.begun = self.launched = self.error = 0
+        self.begun = self.launched = self.error = self.waits = 0
         self.instantiates = True
 
     def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:
@@ -103,6 +103,7 @@ class FakeCuda:
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         if self.spoils():
             return (self.error,)
+        self.waits += 1
         while self.waiting:
             self.waiting.pop(0)()
         return (0,)

@@ -81,7 +81,7 @@ def test_engines_make_the_same_video(
         actual = pipe(**CALL)
     np.testing.assert_array_equal(actual.latents, expected.latents)
     np.testing.assert_array_equal(actual.frames, expected.frames)
-    assert len(machine.trt.scratch) == 1  # all stages compute in the same
+    assert low_memory or len(machine.trt.scratch) == 1  # all stages compute in the same
     assert machine.cuda.kept_after_free == 2**64 - 1
     del pipe
     gc.collect()
@@ -100,6 +100,25 @@ def test_what_stages_pass_on_stays_on_the_gpu(bundle: Path, machine: Machine) ->
     assert uploads.count(width * config.frame_tokens) == (1 if config.mixer_rank is not None else 0)
     z = 4 * rows * (config.num_tokens // steps) * config.spatial.width
     assert z not in uploads
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_frame_is_waited_for_once(bundle: Path, machine: Machine, batch: int) -> None:
+    """Its tokens stay on the GPU from set to set, and come back when all are there, or somebody looks."""
+    call = {**CALL, "num_inference_steps": 4, "num_images_per_prompt": batch}
+    with nova_export.load(bundle) as pipe:
+        latents, texts, frames = pipe(**call).latents, 1, 3  # the negative one is empty
+        before, known = machine.cuda.waits, []
+        for _ in pipe.stream(**call, callback=lambda step: known.append(machine.cuda.waits)):
+            pass
+        assert known[-1] - before == texts + frames - 1  # and the last frame when it is decoded
+        assert len(known) == 4 * frames and len(set(known)) == frames
+        looked: list[Any] = []
+        again = pipe(**call, callback=lambda step: looked.append(step.latents))
+    np.testing.assert_array_equal(again.latents, latents)
+    filled = [np.count_nonzero(each) for each in looked[:4]]
+    assert filled == sorted(filled) and filled[0] < filled[-1]
+    np.testing.assert_array_equal(looked[3], latents[:, :, 0])
 
 
 @pytest.mark.parametrize(
@@ -257,6 +276,16 @@ def test_scratch_grows_and_is_never_there_twice(machine: Machine) -> None:
     assert gpu.arena(50) == first
     assert gpu.arena(200) != first
     assert [len(memory) for memory in machine.cuda.live.values()] == [200]
+    gpu.free_arena()
+    assert not machine.cuda.live and gpu.arena(10)
+
+
+def test_what_phases_compute_in_goes_with_them(bundle: Path, machine: Machine) -> None:
+    """The decoder's scratch is the largest: the next video's text encoder has no room beside it."""
+    with nova_export.load(bundle, low_memory=True) as pipe:
+        latents = np.zeros((1, pipe.config.latent_channels, 1, *pipe.config.latent_size), np.float32)
+        pipe.decode(latents)
+    assert not machine.cuda.live
 
 
 # Which device

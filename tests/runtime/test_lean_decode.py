@@ -19,7 +19,7 @@ from nova_export.config import NovaConfig
 from nova_export.errors import UsageError
 from nova_export.evaluation.metrics import psnr
 from nova_export.export.build import build_bundle
-from nova_export.lean_stages import START, is_piece, lean_decoder
+from nova_export.lean_stages import START, enlarges, is_piece, kept_frames, lean_decoder
 from nova_export.runtime.decode import Decoder, decoder_of
 from nova_export.runtime.lean_decode import decode_lean
 from nova_export.spec import Stage
@@ -146,50 +146,52 @@ def test_with_low_memory_frames_wait_on_the_host(
 
 
 class Counting:
-    """A piece that makes frames of nothing, and knows how many of all pieces are alive."""
+    """A piece that makes frames of nothing, and knows how many values those of all pieces would have.
 
-    def __init__(self, stage: Stage, alive: list[int], most: dict[str, int]) -> None:
-        self.stage, self.alive_now, self.most = stage, alive, most
+    size: of one of its frames. most: of all that are alive at a time, by the piece that runs.
+    """
 
-    def __enter__(self) -> Counting:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __init__(self, stage: Stage, size: int, alive: list[int], most: dict[str, int]) -> None:
+        self.stage, self.size, self.alive_now, self.most = stage, size, alive, most
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for tensor in self.stage.outputs:
-            if tensor.name == "next_frames":
-                made[tensor.name] = np.zeros((3, 1, 1, 1), np.float32)
-            elif tensor.name in ("next_frame", "pixels"):
-                made[tensor.name] = frame = np.zeros((1, 1, 1, 1), np.float32)
-                self.alive_now[0] += 1
-                weakref.finalize(frame, self._gone)
-            else:
-                made[tensor.name] = np.zeros(32, np.float32)
+        made: dict[str, Any] = {tensor.name: np.zeros(32, np.float32) for tensor in self.stage.outputs}
+        count = 2 * inputs["latents"].shape[2] - 1 if "latents" in inputs else 1
+        frames = made[self.stage.outputs[0].name] = np.zeros((count, 1, 1, 1), np.float32)
+        self.alive_now[0] += count * self.size
+        weakref.finalize(frames, self._gone, count * self.size)
         self.most[self.stage.name] = max(self.most.get(self.stage.name, 0), self.alive_now[0])
         return made
 
-    def _gone(self) -> None:
-        self.alive_now[0] -= 1
+    def _gone(self, size: int) -> None:
+        self.alive_now[0] -= size
 
 
 def test_frames_are_freed_as_soon_as_nothing_needs_them(config: NovaConfig) -> None:
-    """A residual block's second piece frees what it reads and what it adds, frame by frame."""
+    """As many are there as `kept_frames` says, but for the one that is made and those that it is made of."""
     pieces = lean_decoder(config, "float32")
+    sizes = [frame_size(piece) for piece in pieces[1:]]
     alive, most = [0], {}
-    runners = {stage.name: Counting(stage, alive, most) for stage in pieces}
-    decode_lean(runners.__getitem__, [stage.name for stage in pieces], np.zeros((1, 4, 2, 1, 1), np.float32))
-    frames, window = 5, 3
-    for name, count in most.items():
-        if name.endswith("conv1"):  # what it reads is kept, for the second to add
-            assert count == 2 * frames, name
-        elif name.endswith("conv2"):
-            assert count <= 2 * frames + 2, name
+    runners = {
+        stage.name: Counting(stage, size, alive, most)
+        for stage, size in zip(pieces, [*sizes, 0], strict=True)
+    }
+    decode_lean(runners.__getitem__, [stage.name for stage in pieces], np.zeros((1, 4, 3, 1, 1), np.float32))
+    kept = kept_frames(pieces, 9)
+    assert kept.keys() == {stage.name for stage in pieces if is_piece(stage)}
+    for piece, size, made in zip(pieces[1:], sizes, [*sizes[1:], 0], strict=True):
+        there = most[piece.name]
+        assert kept[piece.name].between <= there + size, piece.name
+        if not enlarges(piece):  # which runs again for those behind it
+            assert there <= kept[piece.name].between + 2 * size + made, piece.name
     gc.collect()
     assert alive == [0]
-    assert most["vae_decoder_conv_out"] <= 2 * frames + window
+
+
+def frame_size(piece: Stage) -> int:
+    """Values of a frame that it takes."""
+    shapes = piece.shapes({axis.name: axis.max for axis in piece.axes})
+    return int(np.prod(shapes["frame" if "frame" in shapes else "here"]))
 
 
 def test_other_autoencoders_are_refused() -> None:
