@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -91,11 +92,14 @@ def verify(
     with ExitStack() as stack:
         tested = bundle_side(Bundle.open(bundle), device, threads, low_memory, stack)
         reference = other_side(against, tested.lean_decode, threads, low_memory, stack)
+        cut: Mapping[tuple[str, str], int] = {}
         if layers:
-            tested, reference = watched_sides(tested, reference, bundle, against, threads)
+            tested, reference, cut = watched_sides(tested, reference, bundle, against, threads)
         chosen = chosen_prompts(tested.config, prompts, count or COUNT)
         show = stack.enter_context(counting("prompts", len(chosen), quiet))
         found = compare(reference, tested, chosen, seed, show, **arguments)
+    for place, count in cut.items():
+        found.tensors[place].saturated += count
     if report is not None:
         write_report(report, found)
     click.echo(json.dumps(found.to_dict()) if as_json else found.table())
@@ -121,15 +125,20 @@ def bundle_side(bundle: Bundle, device: str | None, threads: int, low_memory: bo
 
 def watched_sides(
     tested: Side, reference: Side, bundle: Path, against: Path, threads: int
-) -> tuple[Side, Side]:
-    """Both with the results of their layers. Raises UsageError where one is a checkpoint."""
+) -> tuple[Side, Side, Mapping[tuple[str, str], int]]:
+    """Both with the results of their layers; and how many numbers of their inputs the tested side cut off.
+
+    Raises UsageError where one is a checkpoint.
+    """
     if not is_bundle(against):
         raise UsageError(f"--layers compares graphs, and {against} is a checkpoint; build it in fp32 first")
     stages = exporter("nova_export.export.watch").WatchedStages
     first, second = Bundle.open(bundle), Bundle.open(against)
+    watched = stages(first, second, threads)
     return (
-        replace(tested, stage=stages(first, second, threads)),
+        replace(tested, stage=watched),
         replace(reference, stage=stages(second, first, threads)),
+        watched.cut,
     )
 
 

@@ -6,9 +6,11 @@ Random inputs would say nothing here: the ranges of 8 bits are those of real run
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from calibration.collect import calibrate
 from calibration.ranges import Range, best_range, smoothing
 from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
-from nova_export.errors import ExportError, InputError, UsageError
+from nova_export.demo import cache_folder
+from nova_export.errors import ExportError, InputError, OutputError, UsageError
 from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.lockstep import Lockstep
 from nova_export.export.passes.multi_head import to_multi_head
@@ -54,19 +57,36 @@ class FloatSource:
 
     @classmethod
     def open(cls, folder: Path, statistics: Statistics | None, wanted: bool, kept: Path) -> FloatSource:
-        """wanted: whether statistics are; if there are none, by calibrating, kept in `kept`."""
+        """wanted: whether statistics are; if there are none, by calibrating, kept in `kept` until it is done.
+
+        What was found in the same graphs before is in the cache, and taken from there.
+        """
         bundle = Bundle.open(folder)
         if not wanted or statistics:
             return cls(bundle, statistics)
         prompts = default_prompts(bundle.config, CALIBRATION_PROMPTS)
+        cached = calibration_file(bundle, prompts)
+        with suppress(InputError):  # there is none, or it is damaged
+            return cls(bundle, load_calibration(cached, bundle.source["parts"]))
         with _own_prompts():
-            return cls(bundle, calibrate(bundle, prompts, CALIBRATION_SEED, kept))
+            found = calibrate(bundle, prompts, CALIBRATION_SEED, kept)
+        with suppress(OSError, OutputError):  # where it cannot be kept, the next build calibrates again
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            found.save(cached)
+        return cls(bundle, found)
 
     @property
     def arguments(self) -> Mapping[str, Any]:
         """Of `Request`: those of the calibration, which may be shorter than a user's runs."""
         length = {"max_latent_length": self.bundle.config.video_length}
         return self.statistics.arguments if self.statistics else length
+
+
+def calibration_file(bundle: Bundle, prompts: Sequence[str | int]) -> Path:
+    """Where `build` keeps the calibration of a float32 bundle: named by its graphs, weights and prompts."""
+    files = {path: bundle.files[path].sha256 for stage in bundle.stages.values() for path in stage.files}
+    made_of = json.dumps([files, list(prompts), CALIBRATION_SEED], sort_keys=True)
+    return cache_folder() / "calibrations" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npz"
 
 
 def load_calibration(path: Path, parts: Mapping[str, str]) -> Statistics:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from nova_export.bundle import Bundle
+from nova_export.export.passes.quantize import layer_name
 from nova_export.runtime.runner import Array, Lent
 from nova_export.spec import Stage
 
@@ -82,7 +86,7 @@ def _session(model: bytes, folder: Path, threads: int) -> Any:
 
 
 def layer_values(model: ir.Model) -> dict[str, ir.Value]:
-    """Results of layers in the main graph, by name."""
+    """Results of layers in the main graph, by name of the value."""
     return {
         str(value.name): value
         for node in model.graph
@@ -92,14 +96,40 @@ def layer_values(model: ir.Model) -> dict[str, ir.Value]:
     }
 
 
+def labels(graphs: tuple[dict[str, ir.Value], dict[str, ir.Value]]) -> dict[str, str]:
+    """What to call each value that both of two graphs have: the module that it is the result of.
+
+    With the value's name where a module has several, and alone where the graphs do not agree on the module.
+    """
+    one, other = graphs
+    modules = {}
+    for name in one.keys() & other.keys():
+        first, second = (layer_name(node) if (node := v.producer()) else "" for v in (one[name], other[name]))
+        modules[name] = first if first == second else ""
+    often = Counter(modules.values())
+    return {
+        name: name if not module else module if often[module] == 1 else f"{module} ({name})"
+        for name, module in modules.items()
+    }
+
+
+def cut_off(values: Array, scale: Array, zero: Array) -> int:
+    """How many values QuantizeLinear cuts off, for they lie beyond what its integers of 8 bits reach."""
+    ends = np.iinfo(zero.dtype)
+    integers = np.rint(values / scale) + zero
+    return int(((integers < ends.min) | (integers > ends.max)).sum())
+
+
 class WatchedStages:
     """Stages of a bundle that give results of their layers too: those that `other` has by the same name.
 
     Every stage is loaded whole, and nothing is written in place: for looking, not for speed.
+    cut: of layers whose inputs are in 8 bits, by stage and label, how many numbers were cut off.
     """
 
     def __init__(self, bundle: Bundle, other: Bundle, threads: int = 0) -> None:
         self.bundle, self.other, self.threads = bundle, other, threads
+        self.cut: Counter[tuple[str, str]] = Counter()
         self._open: dict[str, _Watched] = {}
 
     def __call__(self, name: str) -> _Watched:
@@ -108,20 +138,64 @@ class WatchedStages:
             entry, there = self.bundle.stages[name], self.other.stages[name]
             path = self.bundle.path(entry.graph)
             model = ir.load(path)
-            shared = layer_values(ir.load(self.other.path(there.graph))).keys()
-            values = {n: value for n, value in layer_values(model).items() if n in shared}
-            session = session_with(model, path.parent, values.values(), self.threads)
-            self._open[name] = _Watched(entry.spec, session, values)
+            values = layer_values(model)
+            names = labels((values, layer_values(ir.load(self.other.path(there.graph)))))
+            inputs = _integer_inputs(model)
+            watched = [*(values[each] for each in names), *(each.value for each in inputs)]
+            session = session_with(model, path.parent, dict.fromkeys(watched), self.threads)
+            self._open[name] = _Watched(entry.spec, session, names, inputs, self.cut)
         return self._open[name]
+
+
+@dataclass(frozen=True)
+class _IntegerInput:
+    """A value that becomes integers of 8 bits, and the names of what layers make of it so."""
+
+    value: ir.Value
+    scale: Array
+    zero: Array
+    results: tuple[str, ...]
+
+
+def _integer_inputs(model: ir.Model) -> list[_IntegerInput]:
+    found = []
+    for node in model.graph:
+        if node.op_type != "QuantizeLinear":
+            continue
+        value, *constants = node.inputs
+        assert value is not None
+        scale, zero = (each.const_value.numpy() for each in constants if each and each.const_value)
+        readers = [user for wide in node.outputs[0].consumers() for user in wide.outputs[0].consumers()]
+        results = tuple(str(output.name) for user in readers for output in user.outputs)
+        found.append(_IntegerInput(value, scale, zero, results))
+    return found
 
 
 class _Watched(Lent):
     """A stage with more outputs than its spec has."""
 
-    def __init__(self, stage: Stage, session: Any, names: Collection[str]) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        session: Any,
+        names: Mapping[str, str],
+        integer_inputs: Sequence[_IntegerInput],
+        cut: Counter[tuple[str, str]],
+    ) -> None:
         self.stage, self._session = stage, session
-        self._names = list(dict.fromkeys([*(tensor.name for tensor in stage.outputs), *names]))
+        self._outputs = {tensor.name: tensor.name for tensor in stage.outputs}
+        self._outputs |= {name: label for name, label in names.items() if name not in self._outputs}
+        self._inputs, self._cut = integer_inputs, cut
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.stage.bind(inputs)
-        return dict(zip(self._names, self._session.run(self._names, dict(inputs)), strict=True))
+        inner = {str(each.value.name) for each in self._inputs} - inputs.keys()
+        names = sorted(inner | self._outputs.keys())
+        values = dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        for each in self._inputs:
+            value = values.get(str(each.value.name), inputs.get(str(each.value.name)))
+            assert value is not None
+            count = cut_off(value, each.scale, each.zero)
+            for result in self._outputs.keys() & each.results:
+                self._cut[self.stage.name, self._outputs[result]] += count
+        return {label: values[name] for name, label in self._outputs.items()}

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from nova_export.export.passes.quantize import (  # noqa: E402
 )
 from nova_export.export.quantization import FloatSource, compare_on_runs, quantize_stage  # noqa: E402
 from nova_export.export.sensitivity import rank_layers  # noqa: E402
+from nova_export.export.watch import WatchedStages  # noqa: E402
 from nova_export.spec import Axis, Stage, Tensor  # noqa: E402
 from nova_export.targets import ENCODERS, PRECISIONS, TARGETS, find  # noqa: E402
 
@@ -155,6 +157,33 @@ def test_smoothing_changes_no_product(tiny: Path, tmp_path: Path) -> None:
     assert [node.op_type for node in model.graph].count("Mul") == 1
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_numbers_that_integers_cut_off_are_counted(tiny: Path, tmp_path: Path, signed: bool) -> None:
+    """By layer: left and right share their input's integers, which end at about 1; flat reaches all."""
+    model = ir.load(tiny)
+    narrow, wide = (InputFormat(end / 128, 0 if signed else 128, signed) for end in (1, 8))
+    inputs = {"left": narrow, "right": narrow, "flat": wide}
+    quantize(model, dict.fromkeys(inputs, WeightFormat("int8")), inputs)
+    expected = outputs_of(model, tmp_path)
+    stages = WatchedStages(*(bundle_of(path) for path in (tmp_path / "changed.onnx", tiny)))
+    for _ in range(2):
+        made = stages("tiny").run(INPUTS)
+    np.testing.assert_allclose(made["y"], expected[0], atol=1e-5)
+    integers = np.rint(INPUTS["x"] * 128)
+    cut = 2 * int(((integers < -128) | (integers > 127)).sum())
+    assert cut > 200
+    assert stages.cut == {("tiny", "left"): cut, ("tiny", "right"): cut, ("tiny", "flat"): 0}
+    assert {"left", "right", "flat"} <= made.keys()
+
+
+def bundle_of(graph: Path) -> Any:
+    """As much of a bundle as those who look into its stages ask for."""
+    entry = SimpleNamespace(graph=graph.name, spec=TINY)
+    return SimpleNamespace(
+        stages={"tiny": entry}, path=lambda name: graph.parent / name, check_stage=lambda name: None
+    )
+
+
 def test_layers_that_are_not_named_are_left_alone(tiny: Path, tmp_path: Path) -> None:
     model = ir.load(tiny)
     assert quantize(model, {}) == []
@@ -274,6 +303,37 @@ def test_a_calibration_of_another_checkpoint(
         build_bundle(other, tmp_path / "b", precision="int8", calibration=calibration)
     command = ("build", CHECKPOINT, "-o", tmp_path / "c", "-q", "--stage")
     only_error(nova_export(*command, "vae_decoder=int8"), 2, "vae_decoder", "spatial_encoder")
+
+
+def test_a_calibration_is_done_once(
+    golden_bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same graphs; a damaged file is none, and a cache that cannot be written is no error."""
+    monkeypatch.setenv("NOVA_EXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quantization, "CALIBRATION_PROMPTS", 1)
+    calls: list[Path] = []
+
+    def counted(bundle: Bundle, prompts: Any, seed: int, kept: Path) -> Statistics:
+        calls.append(kept)
+        return calibrate(bundle, prompts, seed, kept, **SHORT)
+
+    monkeypatch.setattr(quantization, "calibrate", counted)
+
+    def digest(name: str = "t2i") -> str:
+        kept = tmp_path / f"{name}.{len(calls)}.npz"
+        statistics = FloatSource.open(golden_bundle(name), None, True, kept).statistics
+        assert statistics is not None
+        return statistics.digest()
+
+    first = digest()
+    assert digest() == first and len(calls) == 1
+    assert digest("t2v-rope") != first and len(calls) == 2
+    (file, _) = sorted((tmp_path / "cache" / "calibrations").iterdir(), key=lambda path: path.stat().st_mtime)
+    file.write_bytes(file.read_bytes()[:-40])
+    assert digest() == first and len(calls) == 3
+    assert digest() == first and len(calls) == 3
+    monkeypatch.setenv("NOVA_EXPORT_CACHE", str(file))
+    assert digest() == first and len(calls) == 4
 
 
 def test_layers_that_a_recipe_keeps(golden_bundle: Callable[[str], Path], tmp_path: Path) -> None:

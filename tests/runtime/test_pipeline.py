@@ -334,7 +334,7 @@ class Sessions:
         self.checked: list[str] = []
         self.together: list[set[str]] = []  # phases that were open while a stage ran
         self.fail = ""
-        monkeypatch.setattr(stage_runners, "OrtRunner", self.runner)
+        monkeypatch.setitem(stage_runners.RUNNERS, "cpu", self.runner)
         entries = {
             name: SimpleNamespace(spec=stage, graph=name, files=(name,))
             for name, stage in stages(VIDEO).items()
