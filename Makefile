@@ -30,7 +30,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make slow    the heavy tests only"
 	@echo "make test-engines  all that compiles engines, heavy ones too"
-	@echo "make test-batch  batches, those on Ray too"
+	@echo "make test-batch  batches on Ray; without it they are part of make test"
 	@echo "make test-kubernetes  the Helm chart, rendered and checked"
 	@echo "make test-cpp  compile and test the C++ library, its sanitizer builds too"
 	@echo "make fuzz    a million made-up manifests, and prompts with tokenizers, for the C++ library"
@@ -62,7 +62,7 @@ test-engines: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "slow or not slow" tests/engine
 
 test-batch: $(VENV)/dev.stamp $(VENV)/ray.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.batch.alone $(BIN)/python -m pytest -m "batch or not batch" tests/batch
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.batch.alone $(BIN)/python -m pytest -m batch tests/batch
 
 test-kubernetes: $(VENV)/dev.stamp $(VENV)/kubernetes.stamp $(BIN)/helm
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m kubernetes tests/kubernetes
@@ -76,7 +76,7 @@ test-cpp: $(VENV)/dev.stamp $(CPP)/deps/stamp
 	for kind in release sanitized; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
 	cmake --build $(CPP)/threads -j "$$(nproc)" --target test_pipeline
 	ctest --test-dir $(CPP)/threads --output-on-failure -R test_pipeline
-	$(MAKE) --no-print-directory fuzz FUZZ_RUNS=20000
+	engines/cpp/fuzz/run.sh $(CPP)/sanitized/fuzz 20000
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m $(CPP_TESTS) tests/cpp
 
 # Clang has libFuzzer: make fuzz FUZZ_CXX=clang++. With GCC the corpus is mutated blindly.

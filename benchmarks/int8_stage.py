@@ -70,7 +70,7 @@ def main(checkpoint: Path, name: str, wanted: dict[str, str], repeats: int, work
             export_onnx(stage, module, graphs["fp32"])
         if not all(path.exists() for path in graphs.values()):
             _quantize(graphs, stage, config, inputs)
-            _dynamic(graphs["fp32"], graphs["int8 dynamic"])
+            dynamic(graphs["fp32"], graphs["int8 dynamic"])
         module = module.to(torch.bfloat16)
         tensors = {key: torch.from_numpy(array) for key, array in inputs.items()}
         half = {key: t.bfloat16() if t.is_floating_point() else t for key, t in tensors.items()}
@@ -117,7 +117,7 @@ def _quantize(graphs: dict[str, Path], stage: Any, config: NovaConfig, inputs: d
         quantize_stage(FloatSource(bundle, found), stage.name, graphs[form], find(PRECISIONS, "int8"), target)
 
 
-def _dynamic(whole: Path, graph: Path) -> None:
+def dynamic(whole: Path, graph: Path) -> None:
     """Every product of the quantized layers as one of integers whose inputs' range is found as it runs."""
     model = ir.load(whole)
     tape = Tape()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
+# What was built for tests stays, and is built again by the stages that a change touched: as of any bundle.
+BUNDLES = Path(__file__).parents[1] / "build" / "bundles"
 EXPECTATIONS = ("latents_shape", "frames_shape", "latents_std", "frames_std", "expect")
 
 
@@ -30,17 +33,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(shared: Path) -> Callable[[str], Path]:
-    """The bundle of a golden checkpoint, or of the demo, by its name. Read-only; copy it to change it."""
+def golden_bundle(shared: Path) -> Callable[..., Path]:
+    """The bundle of a golden checkpoint, or of the demo, by its name and options of the build.
+
+    Read-only; copy it to change it.
+    """
     from nova_export.demo import demo_checkpoint
     from nova_export.export.build import build_bundle
 
-    def bundle(name: str) -> Path:
-        path = shared / name
-        with (shared / f"{name}.lock").open("w") as lock:
+    def bundle(name: str, **options: Any) -> Path:
+        path = BUNDLES / "-".join([name, *options])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        built = shared / f"{path.name}.built"
+        with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the first process builds, others wait for it
-            checkpoint = demo_checkpoint() if name == "demo" else GOLDEN / name / "checkpoint"
-            return path if path.exists() else build_bundle(checkpoint, path)
+            if not built.exists():
+                if options and not path.exists():  # for stages that options leave as they are
+                    shutil.copytree(bundle(name), path)
+                checkpoint = demo_checkpoint() if name == "demo" else GOLDEN / name / "checkpoint"
+                build_bundle(checkpoint, path, force=True, **options)
+                built.touch()
+        return path
 
     return bundle
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,9 +16,7 @@ import numpy as np
 import pytest
 
 import nova_export
-from nova_export.demo import demo_checkpoint
 from nova_export.errors import NovaExportError
-from tests.conftest import GOLDEN
 
 REPOSITORY = Path(__file__).parents[2]
 PROMPT = "a red circle moving right"
@@ -81,22 +78,6 @@ def inspect(cpp: Path) -> Inspect:
         return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
 
     return ask
-
-
-@pytest.fixture(scope="session")
-def bundle(shared: Path) -> Callable[..., Path]:
-    """The bundle of a checkpoint by its name and options of the build, not verified. It is read-only."""
-
-    def built(name: str, **options: Any) -> Path:
-        from nova_export.export.build import build_bundle
-
-        path = shared / "-".join([name, *options])
-        checkpoint = demo_checkpoint() if name == "demo" else GOLDEN / name / "checkpoint"
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the first process builds, others wait for it
-            return path if path.exists() else build_bundle(checkpoint, path, verify=False, **options)
-
-    return built
 
 
 def with_config(bundle: Path, path: Path, **config: Any) -> Path:

@@ -13,10 +13,12 @@ OPTIONS = {"prompts": [PROMPT], "seed": 1, "num_inference_steps": 3, "num_diffus
 
 
 def test_frames_come_as_soon_as_their_tile_is_made(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Tiles of five latents: the first 17 frames after five latent frames' steps, the others at the end."""
-    call = Call(bundle("t2v"), {**OPTIONS, "max_latent_length": 7, "num_images_per_prompt": 2}, stream=True)
+    call = Call(
+        golden_bundle("t2v"), {**OPTIONS, "max_latent_length": 7, "num_images_per_prompt": 2}, stream=True
+    )
     [answer] = in_cpp(cpp / "release/tests/nova_call", [call], tmp_path)
     assert answer.told["steps"] == [[frame, 7, step, 3] for frame in range(7) for step in range(3)]
     assert [frame["index"] for frame in answer.told["frames"]] == list(range(25))
@@ -26,11 +28,11 @@ def test_frames_come_as_soon_as_their_tile_is_made(
 
 
 def test_a_callback_cancels_and_the_next_call_runs(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     calls = [
-        Call(bundle("t2v"), {**OPTIONS, "max_latent_length": 2}, cancel_at=(1, 1)),
-        Call(bundle("t2v"), OPTIONS),
+        Call(golden_bundle("t2v"), {**OPTIONS, "max_latent_length": 2}, cancel_at=(1, 1)),
+        Call(golden_bundle("t2v"), OPTIONS),
     ]
     cancelled, after = in_cpp(cpp / "release/tests/nova_call", calls, tmp_path)
     assert (cancelled.status, cancelled.error) == (130, "cancelled at frame 2 of 2, step 2")
@@ -39,9 +41,9 @@ def test_a_callback_cancels_and_the_next_call_runs(
 
 
 def test_it_says_what_it_is_and_what_took_how_long(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    [answer] = in_cpp(cpp / "release/tests/nova_call", [Call(bundle("t2v"), OPTIONS)], tmp_path)
+    [answer] = in_cpp(cpp / "release/tests/nova_call", [Call(golden_bundle("t2v"), OPTIONS)], tmp_path)
     assert answer.told["info"] == {
         "height": 64,
         "width": 96,

@@ -95,21 +95,21 @@ def test_it_exports_its_interface_and_nothing_else(installed: Path) -> None:
 
 
 def test_the_c_example_is_c_and_writes_the_first_frame(
-    installed: Path, bundle: Callable[[str], Path], tmp_path: Path
+    installed: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     [library] = installed.rglob("libnova_export.so")
     strict = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{installed / 'include'}")
     run("cc", *strict, REPOSITORY / "engines/cpp/examples/minimal.c", library, "-o", tmp_path / "minimal")
     where = {"LD_LIBRARY_PATH": str(library.parent)}
-    run(tmp_path / "minimal", bundle("t2v"), PROMPT, tmp_path / "out.ppm", **where)
-    with nova_export.load(bundle("t2v")) as pipe:
+    run(tmp_path / "minimal", golden_bundle("t2v"), PROMPT, tmp_path / "out.ppm", **where)
+    with nova_export.load(golden_bundle("t2v")) as pipe:
         made = pipe(PROMPT, max_latent_length=4, num_inference_steps=8, seed=1)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.ppm")), made.frames[0, 0])
 
 
 @pytest.fixture(scope="module")
-def made(bundle: Callable[[str], Path]) -> np.ndarray:
-    with nova_export.load(bundle("t2v")) as pipe:
+def made(golden_bundle: Callable[[str], Path]) -> np.ndarray:
+    with nova_export.load(golden_bundle("t2v")) as pipe:
         frames: np.ndarray = pipe(
             PROMPT, max_latent_length=2, num_inference_steps=2, num_images_per_prompt=2, seed=1
         ).frames
@@ -123,9 +123,9 @@ def generate(cpp: Path, bundle: Path, *more: object) -> subprocess.CompletedProc
 
 
 def test_the_example_writes_pictures(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path, made: np.ndarray
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path, made: np.ndarray
 ) -> None:
-    ran = generate(cpp, bundle("t2v"), "-o", tmp_path / "out.png", "--times")
+    ran = generate(cpp, golden_bundle("t2v"), "-o", tmp_path / "out.png", "--times")
     assert ran.returncode == 0 and "seed 1" in ran.stderr and "vae_decoder: 2 calls" in ran.stderr, ran.stderr
     for sample in range(2):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"out-{sample}.png")), made[sample, 0])
@@ -133,10 +133,10 @@ def test_the_example_writes_pictures(
 
 
 def test_the_example_writes_y4m(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path, made: np.ndarray
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path, made: np.ndarray
 ) -> None:
     """BT.709 in limited range and 8 bits: colours come back within three levels."""
-    ran = generate(cpp, bundle("t2v"), "-o", tmp_path / "out.y4m", "--quiet")
+    ran = generate(cpp, golden_bundle("t2v"), "-o", tmp_path / "out.y4m", "--quiet")
     assert ran.returncode == 0, ran.stderr
     header, *frames = (tmp_path / "out-1.y4m").read_bytes().split(b"FRAME\n")
     assert header == b"YUV4MPEG2 W96 H64 F12000:1000 Ip A1:1 C444 XCOLORRANGE=LIMITED\n"
@@ -149,27 +149,27 @@ def test_the_example_writes_y4m(
 
 
 def test_the_example_pipes_frames_to_ffmpeg(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path, made: np.ndarray
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path, made: np.ndarray
 ) -> None:
     """A program in ffmpeg's place keeps what it is given; one that fails is reported, and leaves no file."""
     fake = tmp_path / "ffmpeg"
     fake.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" >> "$0.words"\ncat > "${last#file:}"\n')
     fake.chmod(0o755)
-    ran = generate(cpp, bundle("t2v"), "-o", tmp_path / "out.mp4", "--ffmpeg", fake)
+    ran = generate(cpp, golden_bundle("t2v"), "-o", tmp_path / "out.mp4", "--ffmpeg", fake)
     assert ran.returncode == 0, ran.stderr
     for sample in range(2):
         assert (tmp_path / f"out-{sample}.mp4").read_bytes() == made[sample].tobytes()
     assert "-video_size 96x64 -framerate 12" in (tmp_path / "ffmpeg.words").read_text()
     fake.write_text("#!/bin/sh\nexit 3\n")
-    ran = generate(cpp, bundle("t2v"), "-o", tmp_path / "bad.mp4", "--ffmpeg", fake)
+    ran = generate(cpp, golden_bundle("t2v"), "-o", tmp_path / "bad.mp4", "--ffmpeg", fake)
     assert ran.returncode == 6 and "bad-0.mp4: ffmpeg" in ran.stderr
-    ran = generate(cpp, bundle("t2v"), "-o", tmp_path / "bad.mp4", "--ffmpeg", tmp_path / "none")
+    ran = generate(cpp, golden_bundle("t2v"), "-o", tmp_path / "bad.mp4", "--ffmpeg", tmp_path / "none")
     assert ran.returncode == 6 and "install ffmpeg, name it with --ffmpeg, or write a .y4m" in ran.stderr
     assert not list(tmp_path.glob("bad*"))
 
 
 def test_the_example_refuses_before_it_works(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for more, code, text in (
         (("-o", "out.avi"), 6, "must end in one of .mp4, .y4m, .png, .ppm"),
@@ -179,6 +179,6 @@ def test_the_example_refuses_before_it_works(
         (("-o", tmp_path / "o.png", "--guidance-renorm", "2"), 2, "guidance_renorm is 2; it must be 0 to 1"),
         (("-o", tmp_path / "o.png", "--image", tmp_path / "none.png"), 6, "none.png: No such file"),
     ):
-        ran = generate(cpp, bundle("t2v"), *more)
+        ran = generate(cpp, golden_bundle("t2v"), *more)
         assert (ran.returncode, text in ran.stderr) == (code, True), ran.stderr
     assert not list(tmp_path.iterdir())

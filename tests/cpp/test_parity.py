@@ -92,32 +92,32 @@ def assert_alike(actual: Answer, expected: Answer, exact: bool) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_same_arguments_same_video(
-    name: str, bundle: Callable[[str], Path], compare: Callable[[Call], None]
+    name: str, golden_bundle: Callable[[str], Path], compare: Callable[[Call], None]
 ) -> None:
     of, options, load = CALLS[name]
     options = {**SHORT, **options}
-    compare(Call(bundle(of), options, load, image=options.pop("image", None)))
+    compare(Call(golden_bundle(of), options, load, image=options.pop("image", None)))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_same_schedule(
-    name: str, bundle: Callable[[str], Path], compare: Callable[[Call], None], tmp_path: Path
+    name: str, golden_bundle: Callable[[str], Path], compare: Callable[[Call], None], tmp_path: Path
 ) -> None:
     config, options = SCHEDULERS[name]
     scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, **config}
-    changed = with_config(bundle("t2v"), tmp_path / "bundle", scheduler=scheduler)
+    changed = with_config(golden_bundle("t2v"), tmp_path / "bundle", scheduler=scheduler)
     compare(Call(changed, {**SHORT, "num_diffusion_steps": 7, **options}))
 
 
 @pytest.mark.slow
-def test_demo(bundle: Callable[..., Path], compare: Callable[[Call], None]) -> None:
-    compare(Call(bundle("demo"), {"prompts": [PROMPT], "seed": 1, "max_latent_length": 9}))
+def test_demo(golden_bundle: Callable[..., Path], compare: Callable[[Call], None]) -> None:
+    compare(Call(golden_bundle("demo"), {"prompts": [PROMPT], "seed": 1, "max_latent_length": 9}))
 
 
 @pytest.mark.slow
-def test_the_decoder_in_pieces(bundle: Callable[..., Path], compare: Callable[[Call], None]) -> None:
+def test_the_decoder_in_pieces(golden_bundle: Callable[..., Path], compare: Callable[[Call], None]) -> None:
     """Seven latents: two tiles, and pieces that lie between doubled frames."""
-    compare(Call(bundle("t2v", lean_decode=True), {**SHORT, "max_latent_length": 7}))
+    compare(Call(golden_bundle("t2v", lean_decode=True), {**SHORT, "max_latent_length": 7}))
 
 
 @pytest.mark.slow
@@ -153,32 +153,34 @@ def test_classes(compare: Callable[[Call], None], tmp_path: Path) -> None:
     ids=lambda options: ", ".join(options),
 )
 def test_same_refusal(
-    options: dict[str, Any], cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+    options: dict[str, Any], cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     given = {key: value for key, value in {**VIDEO, **options}.items() if value is not None}
-    call = Call(bundle("t2v"), given)
+    call = Call(golden_bundle("t2v"), given)
     [actual], expected = in_cpp(cpp / "release/tests/nova_call", [call], tmp_path), in_python(call)
     assert expected.error is not None
     assert (actual.error, actual.status) == (expected.error, expected.status)
 
 
-def test_image_checkpoints_make_no_videos(cpp: Path, bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    calls = [Call(bundle("t2i"), VIDEO), Call(bundle("t2i"), SHORT, image=IMAGE)]
+def test_image_checkpoints_make_no_videos(
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    calls = [Call(golden_bundle("t2i"), VIDEO), Call(golden_bundle("t2i"), SHORT, image=IMAGE)]
     for actual, call in zip(in_cpp(cpp / "release/tests/nova_call", calls, tmp_path), calls, strict=True):
         expected = in_python(call)
         assert actual.error and (actual.error, actual.status) == (expected.error, expected.status)
 
 
 def test_a_damaged_bundle_is_refused_as_by_python(
-    cpp: Path, bundle: Callable[[str], Path], tmp_path: Path
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    copy = with_config(bundle("t2v"), tmp_path / "bundle")
+    copy = with_config(golden_bundle("t2v"), tmp_path / "bundle")
     weights = copy / "spatial_encoder.onnx.data"
     damaged = bytearray(weights.read_bytes())
     damaged[100] ^= 1
     weights.unlink()  # the file itself is shared with the bundle
     weights.write_bytes(damaged)
-    unknown = Call(bundle("t2v"), SHORT, {"device": "abacus"})
+    unknown = Call(golden_bundle("t2v"), SHORT, {"device": "abacus"})
     for call in (Call(copy, SHORT), Call(tmp_path / "nowhere", SHORT), unknown):
         [actual], expected = in_cpp(cpp / "release/tests/nova_call", [call], tmp_path), in_python(call)
         assert actual.error and (actual.error, actual.status) == (expected.error, expected.status)

@@ -18,11 +18,13 @@ ENVIRONMENT = {
 }
 
 
-def test_no_report_and_the_same_video(cpp: Path, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+def test_no_report_and_the_same_video(
+    cpp: Path, golden_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Whatever a sanitizer finds ends the process with a report."""
     image = np.random.default_rng(0).integers(0, 256, (80, 70, 3), np.uint8)
     video = {**SHORT, "max_latent_length": 6}
-    of = bundle("t2v")
+    of = golden_bundle("t2v")
     calls = [
         Call(of, {**video, "guidance_renorm": 0.5, "num_images_per_prompt": 2}, stream=True),
         Call(of, {**video, "max_latent_length": 2}, image=image),
@@ -45,9 +47,9 @@ def test_no_report_and_the_same_video(cpp: Path, bundle: Callable[[str], Path], 
             np.testing.assert_allclose(plain.latents, sanitized.latents, atol=1e-4)
 
 
-def test_two_pipelines_in_two_threads(cpp: Path, bundle: Callable[[str], Path]) -> None:
+def test_two_pipelines_in_two_threads(cpp: Path, golden_bundle: Callable[[str], Path]) -> None:
     program = cpp / "sanitized/tests/nova_threads"
     ran = subprocess.run(
-        [program, bundle("t2v")], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
+        [program, golden_bundle("t2v")], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}
     )
     assert ran.returncode == 0, ran.stderr

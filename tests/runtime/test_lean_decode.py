@@ -47,8 +47,8 @@ def config() -> NovaConfig:
 
 
 @pytest.fixture(scope="module")
-def lean_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_bundle(T2V, tmp_path_factory.mktemp("lean") / "bundle", lean_decode=True)
+def lean_bundle(golden_bundle: Callable[..., Path]) -> Path:
+    return golden_bundle("t2v", lean_decode=True)
 
 
 def in_torch(config: NovaConfig, lean_decode: str | None) -> Decoder:
