@@ -29,6 +29,7 @@ RUNTIME = 30_000_000  # of ONNX Runtime itself, in a process
 PACKED = 1.15  # weights in ONNX Runtime, some of them also in the order that its kernels read
 PACKED_LOOP = 1.8  # the head's: of the diffusion loop's body nearly all
 SCORES = 2  # its attention keeps scores, and their softmax
+UNMASKED = "spatial_encoder"  # where attention has no mask: what `to_multi_head` changes
 CONVOLUTIONS = 2.6  # activations of a video autoencoder there, over those counted: windows of 3D convolutions
 WORKSPACE = 1 << 23  # TensorRT's figure for the smallest engine
 ENGINE_DECODER = (
@@ -294,7 +295,8 @@ def activation_bytes(
     if target.runtime is None:
         if is_video_vae and not is_piece(stage):  # whose convolutions are in 2D
             factor = CONVOLUTIONS
-        return int(size * (factor * cost.activations + SCORES * cost.scores))
+        in_pieces = stage.name == UNMASKED and precision.weights and target.multi_head
+        return int(size * (factor * cost.activations + (0 if in_pieces else SCORES * cost.scores)))
     if is_video_vae and stage.phase == "decode":
         factor = ENGINE_PIECE if is_piece(stage) else ENGINE_DECODER
     return int(size * factor * cost.activations) + WORKSPACE

@@ -17,7 +17,17 @@ from torch.nn import functional as F
 from nova_export.config import NovaConfig
 from nova_export.export import build
 from nova_export.export.meter import stage_cost
-from nova_export.export.plan import GB, RUNTIME, Costs, Plan, Video, fitting, make_plan, weight_bytes
+from nova_export.export.plan import (
+    GB,
+    RUNTIME,
+    SCORES,
+    Costs,
+    Plan,
+    Video,
+    fitting,
+    make_plan,
+    weight_bytes,
+)
 from nova_export.runtime import stage_runners
 from nova_export.spec import Axis, Stage
 from nova_export.spec import Tensor as Spec
@@ -132,6 +142,18 @@ def test_precisions_take_less(config: NovaConfig) -> None:
     assert taken["fp32"] == 4 * cost.weights and taken["fp16"] == taken["bf16"] == 2 * cost.weights
     assert taken["int8"] == cost.linear + 4 * rest
     assert taken["int4-weights"] == cost.linear * (0.5 + 4 / 32) + 4 * rest
+
+
+def test_scores_that_are_never_held_take_nothing(config: NovaConfig) -> None:
+    """ONNX Runtime's MultiHeadAttention, which stages in integers have where there is no mask."""
+    plans = [planned(config, target, p) for target in ("cpu", "rtx-4090") for p in ("fp32", "int8-weights")]
+    whole, pieces, *engines = ({s.name: s.activations for s in plan.stages} for plan in plans)
+    video = Video(config, frames=config.video_length)
+    stage = video.stages["spatial_encoder"]
+    scores = 4 * SCORES * stage_cost(stage, config, video.sizes(stage, at_most=True)).scores
+    assert scores > 0 and whole["spatial_encoder"] - pieces["spatial_encoder"] == scores
+    assert whole["temporal_encoder"] == pieces["temporal_encoder"]
+    assert engines[0]["spatial_encoder"] == engines[1]["spatial_encoder"]
 
 
 def test_the_verdict_follows_the_memory(config: NovaConfig) -> None:

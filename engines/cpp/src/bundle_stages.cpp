@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <sstream>
 
 #include "errors.hpp"
 #include "ort_runner.hpp"
@@ -38,14 +41,60 @@ std::string devices_of(const Bundle& bundle) {
     return names;
 }
 
+std::string gigabytes(std::int64_t bytes) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.1f GB", static_cast<double>(bytes) / 1e9);
+    return text;
+}
+
 } // namespace
+
+void check_memory(const Manifest& manifest, const std::string& name, bool low_memory,
+                  std::optional<std::int64_t> there) {
+    std::map<std::string, std::int64_t> phases;
+    for (const auto& stage : manifest.stages)
+        for (const auto& path : stage.second.files)
+            phases[stage.second.spec.phase] += static_cast<std::int64_t>(manifest.files.at(path).size);
+    std::int64_t all = 0, least = 0;
+    for (const auto& [phase, bytes] : phases) {
+        all += bytes;
+        least = std::max(least, bytes);
+    }
+    const auto needed = low_memory ? least : all;
+    if (!there || needed <= *there)
+        return;
+    const std::string way = least <= *there && !low_memory
+                                ? "--low-memory needs " + gigabytes(least)
+                                : "build it in fp16 or int8, or with --lean-decode";
+    throw Error(ErrorCode::memory, name + ": its weights take " + gigabytes(needed) + ", and " + gigabytes(*there) +
+                                       " of memory are free; " + way);
+}
+
+std::optional<std::int64_t> available_memory(const std::string& meminfo) {
+    std::ifstream file(meminfo);
+    std::optional<std::int64_t> available;
+    std::int64_t swap = 0;
+    for (std::string line; std::getline(file, line);) {
+        std::istringstream words(line);
+        std::string name;
+        std::int64_t kilobytes = 0;
+        if (!(words >> name >> kilobytes))
+            continue;
+        if (name == "MemAvailable:")
+            available = kilobytes * 1024;
+        if (name == "SwapFree:")
+            swap = kilobytes * 1024;
+    }
+    return available ? std::optional(*available + swap) : std::nullopt;
+}
 
 BundleStages::BundleStages(const Bundle& bundle, const DeviceOptions& options)
     : bundle_(bundle), options_(options),
       device_(options.device.empty() ? choose_device(bundle) : options.device) {
-    if (on_graphs())
+    if (on_graphs()) {
+        check_memory(bundle, bundle.folder.string(), options.low_memory, available_memory());
         ort_ = open_ort();
-    else if (!bundle.engines.count(device_))
+    } else if (!bundle.engines.count(device_))
         throw Error(ErrorCode::usage, "device " + repr(device_) + ": this bundle runs on " +
                                           devices_of(bundle) + "; `nova-export engines " +
                                           bundle.folder.string() + " --target TARGET` adds others");

@@ -27,10 +27,18 @@ struct DeviceOptions {
     bool low_memory = false; ///< only the stages of one phase are open at a time
 };
 
+/// Error(memory), before any weights are read, where graphs do not fit into so many bytes; nullopt: nobody knows.
+/// name: what the message calls the bundle.
+void check_memory(const Manifest& manifest, const std::string& name, bool low_memory,
+                  std::optional<std::int64_t> there);
+
+/// Bytes that programs can still have, swap too, by Linux's own account.
+std::optional<std::int64_t> available_memory(const std::string& meminfo = "/proc/meminfo");
+
 class BundleStages : public Stages {
   public:
     /// Error(usage): a device that the bundle does not run on. Error(dependency): one that this library does
-    /// not.
+    /// not. Error(memory): less than the graphs take.
     BundleStages(const Bundle& bundle, const DeviceOptions& options);
     ~BundleStages() override;
 

@@ -81,3 +81,7 @@ TEST(what_the_caller_gave_is_as_it_was) {
     CHECK_EQ(inputs.at("noise").data<float>()[0], 3.0F);
     CHECK_EQ(inputs.at("step_noise").shape()[0], 3);
 }
+
+int main() {
+    return nova::test::run();
+}
