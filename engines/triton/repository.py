@@ -283,8 +283,9 @@ def _check_platform(stages: str, platform: str, device: str) -> None:
             f"platform {platform} does not run device {device}: tensorrt runs engines, the others "
             "graphs (cpu, cuda); engines of TensorRT-RTX need --stages in-process"
         )
-    if platform == "tensorrt" and find(TARGETS, device).runtime != "tensorrt":
-        raise UsageError(f"Triton has no backend for the engines of {device}; use --stages in-process")
+    only_here = device == "rtx-ep" or (platform == "tensorrt" and find(TARGETS, device).runtime != "tensorrt")
+    if only_here:
+        raise UsageError(f"Triton has no backend for what runs on {device}; use --stages in-process")
 
 
 def _check_out(out: Path, force: bool) -> None:

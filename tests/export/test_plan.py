@@ -70,8 +70,18 @@ def layers(rows: int = 5) -> Stage:
     )
 
 
+COUNTED: dict[str, Costs] = {}
+
+
+def counted(video: Video) -> Costs:
+    """Costs, which take seconds to count, counted once."""
+    if repr(video) not in COUNTED:
+        COUNTED[repr(video)] = Costs.count(video)
+    return COUNTED[repr(video)]
+
+
 def planned(config: NovaConfig, target: str | Target = "cpu", precision: str = "fp32", **video: Any) -> Plan:
-    costs = Costs.count(Video(config, **{"frames": config.video_length, **video}))
+    costs = counted(Video(config, **{"frames": config.video_length, **video}))
     chosen = find(TARGETS, target) if isinstance(target, str) else target
     return make_plan(costs, chosen, find(PRECISIONS, precision))
 
@@ -111,7 +121,7 @@ def test_caches_are_no_activations(config: NovaConfig) -> None:
 def test_weights_are_those_of_the_checkpoint(kind: str) -> None:
     checkpoint = GOLDEN / kind / "checkpoint"
     config = NovaConfig.from_checkpoint(checkpoint)
-    costs = Costs.count(Video(config))
+    costs = counted(Video(config))
     for name, stage in stages(config).items():
         shapes = Weights(checkpoint / stage.part).shapes
         stored = sum(torch.Size(shapes[key]).numel() for key in shapes if key.startswith(stage.prefixes))
@@ -206,7 +216,7 @@ def test_the_command_says_what_would_fit() -> None:
 
 def test_a_lean_decode_is_offered_where_the_whole_does_not_fit(config: NovaConfig) -> None:
     target, half = find(TARGETS, "rtx-4090"), find(PRECISIONS, "fp16")
-    costs = [Costs.count(Video(config, frames=5, lean_decode=lean)) for lean in (False, True)]
+    costs = [counted(Video(config, frames=5, lean_decode=lean)) for lean in (False, True)]
     whole, lean = (make_plan(each, target, half) for each in costs)
     assert lean.run_low_memory < whole.run_low_memory
     options = dict(fitting(costs[0], target, lean.run_low_memory))

@@ -91,6 +91,7 @@ def test_a_bundle_makes_the_same_video(golden_bundle: Callable[[str], Path], lea
     np.testing.assert_array_equal(np.stack(streamed, axis=1), lean.frames)
 
 
+@pytest.mark.slow  # exports all stages once more, a minute
 def test_frames_go_in_half_precision_where_the_bundle_is(lean_bundle: Path, tmp_path: Path) -> None:
     half = build_bundle(T2V, tmp_path / "bundle", precision="fp16", lean_decode=True)
     bundle = Bundle.open(half)

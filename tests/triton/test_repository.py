@@ -95,9 +95,10 @@ def test_platforms(bundle: Path) -> None:
 def test_what_a_bundle_cannot_serve(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "repository"
     for serving, message in (
-        (Serving(device="h100"), "device 'h100': this bundle runs on cuda, cpu"),
+        (Serving(device="h100"), "device 'h100': this bundle runs on cpu, cuda, rtx-ep"),
         (Serving(max_batch=257), "--max-batch is 257; the stages of this bundle for cpu take 256"),
         (Serving(stages="models", platform="tensorrt"), "platform tensorrt does not run device cpu"),
+        (Serving(stages="models", device="rtx-ep"), "no backend for what runs on rtx-ep"),
     ):
         with pytest.raises(UsageError, match=message):
             package(bundle, out, serving)

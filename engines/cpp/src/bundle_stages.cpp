@@ -35,7 +35,7 @@ std::string choose_device(const Bundle& bundle) {
 }
 
 std::string devices_of(const Bundle& bundle) {
-    std::string names = "cuda, cpu";
+    std::string names = "cpu, cuda, rtx-ep";
     for (const auto& [target, engines] : bundle.engines)
         names += ", " + target;
     return names;
@@ -94,7 +94,10 @@ BundleStages::BundleStages(const Bundle& bundle, const DeviceOptions& options)
     if (on_graphs()) {
         check_memory(bundle, bundle.folder.string(), options.low_memory, available_memory());
         ort_ = open_ort();
-    } else if (!bundle.engines.count(device_))
+    } else if (device_ == "rtx-ep")
+        throw Error(ErrorCode::dependency, "device 'rtx-ep': only the Python runtime has it; name cuda, or a "
+                                           "target that the bundle has engines for");
+    else if (!bundle.engines.count(device_))
         throw Error(ErrorCode::usage, "device " + repr(device_) + ": this bundle runs on " +
                                           devices_of(bundle) + "; `nova-export engines " +
                                           bundle.folder.string() + " --target TARGET` adds others");
