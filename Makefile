@@ -20,7 +20,8 @@ FUZZ_CXX ?= $(shell command -v clang++ || command -v c++)
 FUZZ_RUNS ?= 1000000
 CPP_TESTS := "cpp and not slow"
 CONFIGURE = cmake -S engines/cpp -D NOVA_DEPENDENCIES=$(CURDIR)/$(CPP)/deps -D NOVA_TESTS=ON -D CMAKE_CXX_FLAGS=-Werror
-SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS_DEBUG="-O1 -g1"
+SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
+	-D CMAKE_UNITY_BUILD=ON -D CMAKE_UNITY_BUILD_BATCH_SIZE=6
 
 .PHONY: help demo demo-train eval test slow test-engines test-cpp test-triton test-batch test-kubernetes fuzz lint format bench clean
 

@@ -36,7 +36,7 @@ bool flag(const Json& config, const char* key) {
     return field && field->boolean();
 }
 
-[[noreturn]] void unusable(const std::string& what) {
+[[noreturn]] void unusable_scheduler(const std::string& what) {
     throw Error(ErrorCode::checkpoint, file + what);
 }
 
@@ -101,7 +101,7 @@ Floats betas_of(const Json& config, std::int64_t trained) {
         for (const Field& beta : given->list())
             betas.push_back(static_cast<float>(beta.number()));
         if (static_cast<std::int64_t>(betas.size()) < trained)
-            unusable("trained_betas has " + std::to_string(betas.size()) + " values for " +
+            unusable_scheduler("trained_betas has " + std::to_string(betas.size()) + " values for " +
                      std::to_string(trained) + " steps");
     } else if (kind == "linear") {
         betas = rounded(linspace(first, last, trained));
@@ -116,7 +116,7 @@ Floats betas_of(const Json& config, std::int64_t trained) {
             betas.push_back(static_cast<float>(1 / (1 + std::exp(-x))) * static_cast<float>(last - first) +
                             static_cast<float>(first));
     } else {
-        unusable("beta_schedule '" + kind + "' is unknown");
+        unusable_scheduler("beta_schedule '" + kind + "' is unknown");
     }
     return flag(config, "rescale_betas_zero_snr") ? zero_terminal_snr(betas) : betas;
 }
@@ -141,7 +141,7 @@ std::vector<std::int64_t> timesteps_of(const Json& config, std::int64_t trained,
             steps.push_back(static_cast<std::int64_t>(std::nearbyint(most + static_cast<double>(i) * step)) -
                             1);
     } else {
-        unusable("timestep_spacing '" + spacing + "' is none of linspace, leading, trailing");
+        unusable_scheduler("timestep_spacing '" + spacing + "' is none of linspace, leading, trailing");
     }
     if (*std::max_element(steps.begin(), steps.end()) >= trained)
         throw Error(ErrorCode::usage, std::to_string(num_steps) + " diffusion steps with steps_offset " +
@@ -153,7 +153,7 @@ std::vector<std::int64_t> timesteps_of(const Json& config, std::int64_t trained,
 double noise_scale(const Json& config, double variance, double step_beta) {
     const std::string kind = text(config, "variance_type", "fixed_small");
     if (kind != "fixed_small" && kind != "fixed_small_log" && kind != "fixed_large")
-        unusable("variance_type '" + kind + "' " +
+        unusable_scheduler("variance_type '" + kind + "' " +
                  (kind == "fixed_large_log" ? "is the root of a negative number"
                                             : "needs a head that predicts it") +
                  "; use one of fixed_small, fixed_small_log, fixed_large");
@@ -171,7 +171,7 @@ void ddpm_step(const Json& config, const Floats& alphas, std::int64_t t, std::in
     const std::string kind = text(config, "prediction_type", "epsilon");
     if (kind == "epsilon") {
         if (!(alpha > 0))
-            unusable("rescale_betas_zero_snr leaves no signal at timestep " + std::to_string(t) +
+            unusable_scheduler("rescale_betas_zero_snr leaves no signal at timestep " + std::to_string(t) +
                      ", where an epsilon prediction says nothing about the sample; it needs v_prediction, or "
                      "timestep_spacing 'leading'");
         row[0] = to_sample / std::sqrt(alpha) + keep;
@@ -183,7 +183,7 @@ void ddpm_step(const Json& config, const Floats& alphas, std::int64_t t, std::in
         row[0] = to_sample * std::sqrt(alpha) + keep;
         row[1] = -to_sample * std::sqrt(beta);
     } else {
-        unusable("prediction_type '" + kind + "' is none of epsilon, sample, v_prediction");
+        unusable_scheduler("prediction_type '" + kind + "' is none of epsilon, sample, v_prediction");
     }
     const auto variance = std::max(static_cast<double>((1.0f - previous) / beta * step_beta), 1e-20);
     row[2] = t > 0 ? static_cast<float>(noise_scale(config, variance, static_cast<double>(step_beta))) : 0.0f;
