@@ -99,7 +99,7 @@ def verify(
         show = stack.enter_context(counting("prompts", len(chosen), quiet))
         found = compare(reference, tested, chosen, seed, show, **arguments)
     for place, count in cut.items():
-        found.tensors[place].saturated += count
+        found.tensors[place].cut += count
     if report is not None:
         write_report(report, found)
     click.echo(json.dumps(found.to_dict()) if as_json else found.table())

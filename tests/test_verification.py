@@ -131,6 +131,19 @@ def test_an_error_stands_where_it_arose_and_drifts_from_there(side: Side) -> Non
     assert math.isfinite(found.least_psnr)
 
 
+def test_a_step_is_what_its_stages_make_together(side: Side) -> None:
+    """An error of the spatial encoder is in its step's tokens too, though the head's inputs are the same."""
+
+    def one_wrong(call: int, outputs: dict[str, Array]) -> None:
+        if call % 12 == 6:
+            outputs["z"] = outputs["z"] + np.float32(0.5)
+
+    found = verify(side, changed(side, "spatial_encoder", one_wrong), ["a red circle"], **CALL)
+    assert [place for place, d in found.tokens.items() if d.error_power] == [(1, 2)]
+    assert not found.tensors["diffusion_head", "denoised"].error_power
+    assert min(place for place, d in found.drift.items() if d.error_power) == (1, 2)
+
+
 def test_caches_are_compared_where_they_were_written(side: Side) -> None:
     config = side.config
 

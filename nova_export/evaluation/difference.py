@@ -24,6 +24,7 @@ class Difference:
     count: int = 0
     not_finite: int = 0  # in the tested tensors, where the reference is finite
     saturated: int = 0  # tested numbers at float16's end or beyond, where the reference's are not
+    cut: int = 0  # numbers of a tested layer's inputs beyond its integers of 8 bits; told by who looks there
     reference_power: float = 0.0
     tested_power: float = 0.0
     product: float = 0.0
@@ -76,4 +77,5 @@ class Difference:
             "max_reference": self.max_reference,
             "not_finite": self.not_finite,
             "saturated": self.saturated,
+            "cut": self.cut,
         }

@@ -26,6 +26,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1e1e1e; background: #fafaf8
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd }
+td, th { white-space: nowrap }
 td:first-child, td:nth-child(2), th:first-child, th:nth-child(2) { text-align: left }
 .bad { color: #b91c1c; font-weight: 600 } .faint { color: #777 }
 .frames { overflow-x: auto; white-space: nowrap } .frames img { margin: 1px; image-rendering: pixelated }
@@ -48,12 +49,12 @@ def _page(found: Verification) -> Iterator[str]:
     yield from _table(found)
     yield from _bars(found)
     yield "<h2>Drift over the steps of the loops</h2>"
-    yield "<p>Tokens of each step made from the reference's inputs, and frames when the loops run freely.</p>"
+    yield "<p>Tokens that a step makes from the reference's state, and frames when the loops run freely.</p>"
     places = sorted(found.drift)
     yield from _lines(
         {
-            "on the same inputs": [found.tokens[place].snr for place in places],
-            "left to itself": [found.drift[place].snr for place in places],
+            "teacher-forced": [found.tokens[place].snr for place in places],
+            "free-running": [found.drift[place].snr for place in places],
         },
         [index for index, (_, step) in enumerate(places) if step == 0],
     )
@@ -71,7 +72,7 @@ def _page(found: Verification) -> Iterator[str]:
 
 
 def _table(found: Verification) -> Iterator[str]:
-    heads = ("stage", "tensor", "cosine", "SNR", "max error", "of", "not finite", "saturated")
+    heads = ("stage", "tensor", "cosine", "SNR", "max error", "of", "not finite", "saturated", "cut")
     yield "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
     for (stage, tensor), difference in found.worst_first:
         bad = ' class="bad"' if difference.not_finite or difference.saturated else ""
@@ -84,6 +85,7 @@ def _table(found: Verification) -> Iterator[str]:
             f"{difference.max_reference:.3g}",
             str(difference.not_finite),
             str(difference.saturated),
+            str(difference.cut),
         )
         yield f"<tr{bad}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     yield "</table>"

@@ -38,14 +38,16 @@ class Position:
 class Lockstep:
     """Stages for a Pipeline: it gets the reference's outputs, and the tested ones are compared with them.
 
-    tensors: by stage and output. tokens: of the head's output, by place.
+    tensors: by stage and output. tokens: by place, what the tested stages of an AR step make together, from
+    the state in which the reference is. whole_steps: whether tokens are wanted; they may take the head twice.
     """
 
-    def __init__(self, reference: StageGetter, tested: StageGetter) -> None:
-        self.reference, self.tested = reference, tested
+    def __init__(self, reference: StageGetter, tested: StageGetter, whole_steps: bool = False) -> None:
+        self.reference, self.tested, self.whole_steps = reference, tested, whole_steps
         self.tensors: dict[tuple[str, str], Difference] = {}
         self.tokens: dict[Place, Difference] = {}
         self._position = Position()
+        self._z: tuple[Array, Array] | None = None  # of this step, the reference's and the tested one
 
     def __call__(self, name: str) -> Runner:
         return _Both(self, name)
@@ -55,9 +57,15 @@ class Lockstep:
         self._position.call(name)
         for tensor, pair in outputs.items():
             self.tensors.setdefault((name, tensor), Difference()).add(*pair)
-        if name == "diffusion_head":
-            place = self._position.frame, self._position.step
-            self.tokens.setdefault(place, Difference()).add(*outputs["denoised"])
+        if name == "spatial_encoder":
+            self._z = outputs["z"]
+
+    def compare_tokens(self, expected: Array, made: Array, of: Callable[[Array], Array]) -> None:
+        """Add a step's tokens. made: of the reference's z. of: what the tested head makes of another z."""
+        if self._z and not np.array_equal(*self._z):
+            made = of(self._z[1])
+        place = self._position.frame, self._position.step
+        self.tokens.setdefault(place, Difference()).add(expected, made)
 
 
 class _Both(Lent):
@@ -82,6 +90,13 @@ class _Both(Lent):
             written = pairs[name][0] != before[alias]
             pairs[name] = pairs[name][0][written], pairs[name][1][written]
         self.lockstep.compare(self.name, pairs)
+        if self.name == "diffusion_head" and self.lockstep.whole_steps:
+            shape = np.shape(inputs["z"])
+
+            def of(z: Array) -> Array:
+                return np.asarray(self._tested({**inputs, "z": z.reshape(shape)})["denoised"])
+
+            self.lockstep.compare_tokens(*pairs["denoised"], of)
         return reference
 
     def _tested(self, inputs: Mapping[str, Held]) -> Mapping[str, Held]:

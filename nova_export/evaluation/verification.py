@@ -1,8 +1,9 @@
 """Is a bundle as good as what it was made from? Stage by stage, step by step, and in the frames.
 
-Three questions, on the same prompts and seeds. On equal inputs, how far is each stage (`tensors`, `tokens`)?
-Left to itself, how far does it drift (`drift`)? And what of that is seen: do frames differ (`pairs`), and
-does one of the two show less of what was asked for (`scores`)? Torch-free: both sides are given as stages.
+Three questions, on the same prompts and seeds. On equal inputs, how far is each stage (`tensors`), and each
+AR step (`tokens`)? Running freely, how far does it drift (`drift`)? And what of that is seen: do frames
+differ (`pairs`), and does one of the two show less of what was asked for (`scores`)? Torch-free: both sides
+are given as stages.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ class Verification:
                 {
                     "frame": frame,
                     "step": step,
-                    "same_inputs": self.tokens[frame, step].to_dict(),
-                    "free": self.drift[frame, step].to_dict(),
+                    "teacher_forced": self.tokens[frame, step].to_dict(),
+                    "free_running": self.drift[frame, step].to_dict(),
                 }
                 for frame, step in sorted(self.drift)
             ],
@@ -145,7 +146,7 @@ class Verification:
 
     def table(self) -> str:
         """For a person: stages, worst first, then drift at the end of each frame, then the frames."""
-        head = ("stage", "tensor", "cosine", "SNR dB", "max error", "of", "not finite", "saturated")
+        head = ("stage", "tensor", "cosine", "SNR dB", "max error", "of", "not finite", "saturated", "cut")
         rows = [
             (
                 stage,
@@ -156,6 +157,7 @@ class Verification:
                 f"{d.max_reference:.3g}",
                 str(d.not_finite),
                 str(d.saturated),
+                str(d.cut),
             )
             for (stage, tensor), d in self.worst_first
         ]
@@ -164,8 +166,8 @@ class Verification:
             last = max(step for at, step in self.drift if at == frame)
             same, free = self.tokens[frame, last], self.drift[frame, last]
             lines.append(
-                f"latent frame {frame}, step {last + 1}: {same.snr:.1f} dB on the same inputs, "
-                f"{free.snr:.1f} dB left to itself"
+                f"latent frame {frame}, step {last + 1}: {same.snr:.1f} dB teacher-forced, "
+                f"{free.snr:.1f} dB free-running"
             )
         lines.append(f"frames: PSNR {self.psnr:.1f} dB, least {self.least_psnr:.1f} dB")
         if self.scores:
@@ -189,7 +191,7 @@ def verify(
         raise InputError(
             f"{tested.name} and {reference.name} have other configs: only forms of one checkpoint compare"
         )
-    lockstep = Lockstep(reference.stage, tested.stage)
+    lockstep = Lockstep(reference.stage, tested.stage, whole_steps=True)
     decodes_alike = reference.lean_decode == tested.lean_decode
 
     def in_lockstep(name: str) -> Runner:
