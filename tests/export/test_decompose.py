@@ -89,6 +89,7 @@ def test_other_forms_are_refused() -> None:
         decompose(ir.from_onnx_text(text), 20)
 
 
+@pytest.mark.slow  # exports and verifies all stages once more
 def test_a_bundle_for_a_jetson(tmp_path: Path) -> None:
     """Built and verified here; with its graphs of opset 20 it runs on a CPU."""
     out, checkpoint = tmp_path / "bundle", GOLDEN / "t2i" / "checkpoint"

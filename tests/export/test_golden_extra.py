@@ -13,7 +13,7 @@ from nova_export.export.build import build_bundle
 from reference_model.init import init_checkpoint
 
 CASES = Path(__file__).parents[1] / "golden_extra"
-QUICK = ("class_conditional", "image_to_video_two", "image_guidance_trunc_renorm")
+QUICK = ("class_conditional",)  # the eager reference has all of them in every run
 NAMES = sorted(path.stem for path in CASES.glob("*.json"))
 
 

@@ -313,7 +313,9 @@ def test_sums_stay_in_float_where_a_precision_says_so(overflowing: Any) -> None:
 # A build
 
 
-@pytest.mark.parametrize(("name", "least"), [("fp16", 40.0), ("bf16", 32.0)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("fp16", 40.0), pytest.param("bf16", 32.0, marks=pytest.mark.slow)]
+)
 def test_a_build_in_half_precision(
     golden_bundle: Callable[[str], Path], tmp_path: Path, name: str, least: float
 ) -> None:

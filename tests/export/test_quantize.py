@@ -450,7 +450,7 @@ def test_auto_leaves_the_costliest_layers_in_float(
         "median_seconds",
         lambda spec, config, graphs: {n: 1.0 if n == "int8" else 2.0 for n in graphs},
     )
-    build_bundle(CHECKPOINT, out, precision="auto", calibration=calibration)
+    build_bundle(CHECKPOINT, out, stage_precisions={"spatial_encoder": "auto"}, calibration=calibration)
     entry = Bundle.open(out).stages["spatial_encoder"]
     assert entry.precision == "int8" and entry.verified is not None
     assert entry.verified["float_layers"] == ["image_encoder.blocks.1.mlp.fc1"]
