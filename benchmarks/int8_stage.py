@@ -2,10 +2,10 @@
 
 python benchmarks/int8_stage.py CHECKPOINT [--stage spatial_encoder] [--set rows=2] [--repeats 5]
 
-int8 is ours, with ranges known beforehand; the same with ONNX's Attention; and dynamic: every layer finds the
-range of its input anew. Our ranges come from the timed inputs: this is about time. Prints JSON, with the SNR
-in dB of each against fp32, and the seconds that each kind of operator takes. --work FOLDER keeps the graphs
-and takes those that are there.
+int8 is ours, with ranges known beforehand; the same in operators of the standard alone; and dynamic: every
+layer finds the range of its input anew. Our ranges come from the timed inputs: this is about time. Prints
+JSON, with the SNR in dB of each against fp32, and the seconds that each kind of operator takes. --work FOLDER
+keeps the graphs and takes those that are there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from nova_export.stages import stages
 from nova_export.targets import CPU, PRECISIONS, find
 from reference_model.checkpoint import load_module
 
-FORMS = ("fp32", "int8", "int8 plain attention", "int8 dynamic")
+FORMS = ("fp32", "int8", "int8 standard operators", "int8 dynamic")
 
 
 @click.command()
@@ -112,8 +112,8 @@ def _quantize(graphs: dict[str, Path], stage: Any, config: NovaConfig, inputs: d
     found = Statistics({}, [], 0, {})
     collect.GROUP_CHANNELS = 1 << 20  # all layers in one call: some GB, but one run instead of sixteen
     collect.LayerObserver(ir.load(whole), whole.parent, stage.name, found).look(inputs)
-    for form, multi_head in (("int8", True), ("int8 plain attention", False)):
-        target = replace(CPU, multi_head=multi_head)
+    for form, own in (("int8", True), ("int8 standard operators", False)):
+        target = replace(CPU, ort_operators=own)
         quantize_stage(FloatSource(bundle, found), stage.name, graphs[form], find(PRECISIONS, "int8"), target)
 
 

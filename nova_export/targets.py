@@ -35,9 +35,9 @@ class Target:
     integers with a scale a block.
 
     kernels: the number types that it computes in. Others are stored, and computed in float32. signed_inputs:
-    whether 8-bit inputs of layers are signed, with their zero at 0, as TensorRT wants them. multi_head:
-    whether stages in integers have ONNX Runtime's own operator for attention. runtime: what compiles its
-    engines; None where the graphs themselves are run. compute_capability: of the GPU that they
+    whether 8-bit inputs of layers are signed, with their zero at 0, as TensorRT wants them. ort_operators:
+    whether stages in integers have ONNX Runtime's own operators, for attention and products. runtime: what
+    compiles its engines; None where the graphs themselves are run. compute_capability: of the GPU that they
     are for; None for the one of the machine. device: the same for a person. hardware: where it is one device.
     head_steps: as in `stages`, where a build is not told.
     """
@@ -46,7 +46,7 @@ class Target:
     opset: int
     kernels: tuple[str, ...]
     signed_inputs: bool = False
-    multi_head: bool = False
+    ort_operators: bool = False
     runtime: str | None = None
     compute_capability: str | None = None
     device: str = ""
@@ -56,7 +56,7 @@ class Target:
     @property
     def graph_form(self) -> tuple[Any, ...]:
         """What its graphs depend on: those of targets that have this in common are the same."""
-        return self.opset, self.kernels, self.signed_inputs, self.multi_head
+        return self.opset, self.kernels, self.signed_inputs, self.ort_operators
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Precision:
         return find(PRECISIONS, dict(self.instead).get(stage, self.name)) if self.is_for(stage) else FP32
 
 
-CPU = Target("cpu", opset=23, kernels=("float32", "float16"), multi_head=True, device="any CPU")
+CPU = Target("cpu", opset=23, kernels=("float32", "float16"), ort_operators=True, device="any CPU")
 GPU_KERNELS = ("float32", "float16", "bfloat16")
 CUDA = Target(
     "cuda", opset=23, kernels=GPU_KERNELS, signed_inputs=True, device="NVIDIA GPUs, by ONNX Runtime"

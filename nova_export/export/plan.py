@@ -295,7 +295,7 @@ def activation_bytes(
     if target.runtime is None:
         if is_video_vae and not is_piece(stage):  # whose convolutions are in 2D
             factor = CONVOLUTIONS
-        in_pieces = stage.name == UNMASKED and precision.weights and target.multi_head
+        in_pieces = stage.name == UNMASKED and precision.weights and target.ort_operators
         return int(size * (factor * cost.activations + (0 if in_pieces else SCORES * cost.scores)))
     if is_video_vae and stage.phase == "decode":
         factor = ENGINE_PIECE if is_piece(stage) else ENGINE_DECODER

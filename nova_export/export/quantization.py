@@ -26,6 +26,7 @@ from nova_export.demo import cache_folder
 from nova_export.errors import ExportError, InputError, OutputError, UsageError
 from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.lockstep import Lockstep
+from nova_export.export.passes.integer_products import to_integer_products
 from nova_export.export.passes.multi_head import to_multi_head
 from nova_export.export.passes.quantize import (
     Floats,
@@ -110,7 +111,7 @@ def quantize_stage(
     target: Target,
     float_layers: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write a stage's graph with its linear layers in integers, and attention as the target has it fastest.
+    """Write a stage's graph with its linear layers in integers, in the operators that the target has fastest.
 
     float_layers: patterns of the names of layers that stay in float. Returns what the manifest keeps of how.
     Raises ExportError where the calibration knows nothing of a layer, UsageError where a pattern has none.
@@ -134,8 +135,9 @@ def quantize_stage(
                 raise ExportError(f"stage {name}: the calibration has no layer {layer}; calibrate again")
             inputs[layer], methods[layer] = input_format(seen[layer], linear.matrix(), target.signed_inputs)
     quantize(model, weights, inputs)
-    if target.multi_head:
+    if target.ort_operators:
         to_multi_head(model)
+        to_integer_products(model)
     ir.save(model, graph, external_data=f"{graph.name}.data")
     return {"layers": len(weights), "input_ranges": methods}
 

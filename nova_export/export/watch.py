@@ -13,12 +13,14 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from nova_export.bundle import Bundle
+from nova_export.export.passes.integer_products import bias_of
 from nova_export.export.passes.quantize import layer_name
 from nova_export.runtime.runner import Array, Lent
 from nova_export.spec import Stage
 
 # What the blocks of a stage are seen by: the results of its layers.
-OPERATORS = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Softmax"})
+PRODUCTS = frozenset({"MatMul", "MatMulIntegerToFloat"})
+OPERATORS = PRODUCTS | {"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "Softmax"}
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -91,9 +93,15 @@ def layer_values(model: ir.Model) -> dict[str, ir.Value]:
         str(value.name): value
         for node in model.graph
         if node.op_type in OPERATORS
-        for value in node.outputs
+        for value in _results(node)
         if value.name and (value.dtype is None or value.dtype in FLOATS)
     }
+
+
+def _results(node: ir.Node) -> Sequence[ir.Value]:
+    """What a layer gives: with its bias, where that is added apart."""
+    added = bias_of(node) if node.op_type in PRODUCTS else None
+    return added[0].outputs if added else node.outputs
 
 
 def labels(graphs: tuple[dict[str, ir.Value], dict[str, ir.Value]]) -> dict[str, str]:
@@ -165,8 +173,12 @@ def _integer_inputs(model: ir.Model) -> list[_IntegerInput]:
         value, *constants = node.inputs
         assert value is not None
         scale, zero = (each.const_value.numpy() for each in constants if each and each.const_value)
-        readers = [user for wide in node.outputs[0].consumers() for user in wide.outputs[0].consumers()]
-        results = tuple(str(output.name) for user in readers for output in user.outputs)
+        readers = [
+            reader
+            for user in node.outputs[0].consumers()
+            for reader in (user.outputs[0].consumers() if user.op_type == "DequantizeLinear" else [user])
+        ]
+        results = tuple(str(output.name) for reader in readers for output in _results(reader))
         found.append(_IntegerInput(value, scale, zero, results))
     return found
 
