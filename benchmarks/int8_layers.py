@@ -3,8 +3,8 @@
 python benchmarks/int8_layers.py [--width 1024] [--rows 2 --rows 256 --rows 2048] [--repeats 15]
 
 The four kinds of layers of a transformer block on ONNX Runtime, with that many tokens a call. static: of
-standard operators; built: as `build` has it on CPUs. Prints JSON: medians in milliseconds, and the SNR against
-fp32.
+standard operators; built: as `build` has it on CPUs. Prints JSON: medians in milliseconds, and the SNR
+against fp32.
 """
 
 from __future__ import annotations
