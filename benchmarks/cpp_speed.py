@@ -38,7 +38,7 @@ with nova_export.load(bundle) as pipe:
         spent += time.perf_counter() - start
         return made
     class Timed:
-        def __init__(self, name): self.name = name
+        def __init__(self, name): self.name, self.stage = name, get(name).stage
         def run(self, inputs): return timed(lambda: get(self.name).run(inputs))
     pipe._stage, pipe._decoder = Timed, lambda latents: timed(decode, latents)
     for _ in range(2):
