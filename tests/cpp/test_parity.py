@@ -114,7 +114,6 @@ def test_demo(golden_bundle: Callable[..., Path], compare: Callable[[Call], None
     compare(Call(golden_bundle("demo"), {"prompts": [PROMPT], "seed": 1, "max_latent_length": 9}))
 
 
-@pytest.mark.slow
 def test_the_decoder_in_pieces(golden_bundle: Callable[..., Path], compare: Callable[[Call], None]) -> None:
     """Seven latents: two tiles, and pieces that lie between doubled frames."""
     compare(Call(golden_bundle("t2v", lean_decode=True), {**SHORT, "max_latent_length": 7}))
