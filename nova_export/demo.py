@@ -30,6 +30,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nova-export"
 
 
+def cache_file(kind: str, made_of: str, suffix: str) -> Path:
+    """Where the cache keeps what is made of something: in a folder for its kind, named by a digest."""
+    return cache_folder() / kind / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}{suffix}"
+
+
 def make_cache_folder() -> None:
     """Raises OutputError."""
     folder = cache_folder()

@@ -6,22 +6,20 @@ machine are made without measuring.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nova_export.demo import cache_folder
+from nova_export.demo import cache_file
 from nova_export.errors import OutputError
 from nova_export.runtime.media import write_whole
 
 
 def timing_file(made_by: Mapping[str, str]) -> Path:
     """Where timings are kept. made_by: runtime, version and GPU, as in engine/compatibility.py."""
-    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "timings" / f"{digest[:16]}.bin"
+    return cache_file("timings", json.dumps(made_by, sort_keys=True), ".bin")
 
 
 def use_timings(config: Any, path: Path) -> None:

@@ -6,7 +6,6 @@ Random inputs would say nothing here: the ranges of 8 bits are those of real run
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from calibration.collect import calibrate
 from calibration.ranges import Range, best_range, smoothing
 from calibration.statistics import LayerInput, Statistics
 from nova_export.bundle import Bundle
-from nova_export.demo import cache_folder
+from nova_export.demo import cache_file
 from nova_export.errors import ExportError, InputError, OutputError, UsageError
 from nova_export.evaluation.difference import Difference
 from nova_export.evaluation.lockstep import Lockstep
@@ -87,7 +86,7 @@ def calibration_file(bundle: Bundle, prompts: Sequence[str | int]) -> Path:
     """Where `build` keeps the calibration of a float32 bundle: named by its graphs, weights and prompts."""
     files = {path: bundle.files[path].sha256 for stage in bundle.stages.values() for path in stage.files}
     made_of = json.dumps([files, list(prompts), CALIBRATION_SEED], sort_keys=True)
-    return cache_folder() / "calibrations" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npz"
+    return cache_file("calibrations", made_of, ".npz")
 
 
 def load_calibration(path: Path, parts: Mapping[str, str]) -> Statistics:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from nova_export.bundle import Bundle, EngineEntry, StageEntry
 from nova_export.child import GB, available_memory
-from nova_export.demo import cache_folder
+from nova_export.demo import cache_file
 from nova_export.engine.compatibility import check_engines
 from nova_export.engine.compiler import STRIPPED
 from nova_export.engine.flavour import machine_capability
@@ -191,4 +190,4 @@ class StageRunners:
 def kernel_file(bundle: Bundle, engine: EngineEntry) -> Path:
     """Where kernels of an engine are kept: by its contents, and version and GPU that it was made for."""
     made_of = f"{bundle.files[engine.file].sha256} {sorted(engine.made_of.items())}"
-    return cache_folder() / "kernels" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.bin"
+    return cache_file("kernels", made_of, ".bin")

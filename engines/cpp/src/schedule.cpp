@@ -102,7 +102,7 @@ Floats betas_of(const Json& config, std::int64_t trained) {
             betas.push_back(static_cast<float>(beta.number()));
         if (static_cast<std::int64_t>(betas.size()) < trained)
             unusable_scheduler("trained_betas has " + std::to_string(betas.size()) + " values for " +
-                     std::to_string(trained) + " steps");
+                               std::to_string(trained) + " steps");
     } else if (kind == "linear") {
         betas = rounded(linspace(first, last, trained));
     } else if (kind == "scaled_linear") {
@@ -154,9 +154,9 @@ double noise_scale(const Json& config, double variance, double step_beta) {
     const std::string kind = text(config, "variance_type", "fixed_small");
     if (kind != "fixed_small" && kind != "fixed_small_log" && kind != "fixed_large")
         unusable_scheduler("variance_type '" + kind + "' " +
-                 (kind == "fixed_large_log" ? "is the root of a negative number"
-                                            : "needs a head that predicts it") +
-                 "; use one of fixed_small, fixed_small_log, fixed_large");
+                           (kind == "fixed_large_log" ? "is the root of a negative number"
+                                                      : "needs a head that predicts it") +
+                           "; use one of fixed_small, fixed_small_log, fixed_large");
     return std::sqrt(kind == "fixed_large" ? step_beta : variance);
 }
 
@@ -172,8 +172,8 @@ void ddpm_step(const Json& config, const Floats& alphas, std::int64_t t, std::in
     if (kind == "epsilon") {
         if (!(alpha > 0))
             unusable_scheduler("rescale_betas_zero_snr leaves no signal at timestep " + std::to_string(t) +
-                     ", where an epsilon prediction says nothing about the sample; it needs v_prediction, or "
-                     "timestep_spacing 'leading'");
+                               ", where an epsilon prediction says nothing about the sample; it needs v_prediction, or "
+                               "timestep_spacing 'leading'");
         row[0] = to_sample / std::sqrt(alpha) + keep;
         row[1] = -to_sample * std::sqrt(beta) / std::sqrt(alpha);
     } else if (kind == "sample") {
