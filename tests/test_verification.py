@@ -105,6 +105,16 @@ def changed(side: Side, stage: str, change: Callable[[int, dict[str, Array]], No
     return replace(side, name="tested", stage=lambda name: runner if name == stage else side.stage(name))
 
 
+def wrong_once(output: str) -> Callable[[int, dict[str, Array]], None]:
+    """Frame 1, step 2 is the seventh of twelve calls in a run: of four steps a frame."""
+
+    def change(call: int, outputs: dict[str, Array]) -> None:
+        if call % 12 == 6:
+            outputs[output] = outputs[output] + np.float32(0.5)
+
+    return change
+
+
 def test_the_same_stages_do_not_differ(side: Side) -> None:
     found = verify(side, side, ["a red circle", "a blue square"], **CALL)
     assert {d.error_power for d in found.tensors.values()} == {0}
@@ -116,13 +126,7 @@ def test_the_same_stages_do_not_differ(side: Side) -> None:
 
 
 def test_an_error_stands_where_it_arose_and_drifts_from_there(side: Side) -> None:
-    """Frame 1, step 2 is the seventh call of the head: of four steps a frame."""
-
-    def one_wrong(call: int, outputs: dict[str, Array]) -> None:
-        if call % 12 == 6:
-            outputs["denoised"] = outputs["denoised"] + np.float32(0.5)
-
-    found = verify(side, changed(side, "diffusion_head", one_wrong), ["a red circle"], **CALL)
+    found = verify(side, changed(side, "diffusion_head", wrong_once("denoised")), ["a red circle"], **CALL)
     assert [place for place, d in found.tokens.items() if d.error_power] == [(1, 2)]
     assert found.tokens[1, 2].max_error == pytest.approx(0.5, abs=1e-4)
     drifted = [place for place, d in sorted(found.drift.items()) if d.error_power]
@@ -134,11 +138,7 @@ def test_an_error_stands_where_it_arose_and_drifts_from_there(side: Side) -> Non
 def test_a_step_is_what_its_stages_make_together(side: Side) -> None:
     """An error of the spatial encoder is in its step's tokens too, though the head's inputs are the same."""
 
-    def one_wrong(call: int, outputs: dict[str, Array]) -> None:
-        if call % 12 == 6:
-            outputs["z"] = outputs["z"] + np.float32(0.5)
-
-    found = verify(side, changed(side, "spatial_encoder", one_wrong), ["a red circle"], **CALL)
+    found = verify(side, changed(side, "spatial_encoder", wrong_once("z")), ["a red circle"], **CALL)
     assert [place for place, d in found.tokens.items() if d.error_power] == [(1, 2)]
     assert not found.tensors["diffusion_head", "denoised"].error_power
     assert min(place for place, d in found.drift.items() if d.error_power) == (1, 2)

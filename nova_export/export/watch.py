@@ -104,12 +104,11 @@ def _results(node: ir.Node) -> Sequence[ir.Value]:
     return added[0].outputs if added else node.outputs
 
 
-def labels(graphs: tuple[dict[str, ir.Value], dict[str, ir.Value]]) -> dict[str, str]:
+def labels(one: Mapping[str, ir.Value], other: Mapping[str, ir.Value]) -> dict[str, str]:
     """What to call each value that both of two graphs have: the module that it is the result of.
 
     With the value's name where a module has several, and alone where the graphs do not agree on the module.
     """
-    one, other = graphs
     modules = {}
     for name in one.keys() & other.keys():
         first, second = (layer_name(node) if (node := v.producer()) else "" for v in (one[name], other[name]))
@@ -147,7 +146,7 @@ class WatchedStages:
             path = self.bundle.path(entry.graph)
             model = ir.load(path)
             values = layer_values(model)
-            names = labels((values, layer_values(ir.load(self.other.path(there.graph)))))
+            names = labels(values, layer_values(ir.load(self.other.path(there.graph))))
             inputs = _integer_inputs(model)
             watched = [*(values[each] for each in names), *(each.value for each in inputs)]
             session = session_with(model, path.parent, dict.fromkeys(watched), self.threads)
@@ -203,11 +202,9 @@ class _Watched(Lent):
         self.stage.bind(inputs)
         inner = {str(each.value.name) for each in self._inputs} - inputs.keys()
         names = sorted(inner | self._outputs.keys())
-        values = dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        values = {**inputs, **dict(zip(names, self._session.run(names, dict(inputs)), strict=True))}
         for each in self._inputs:
-            value = values.get(str(each.value.name), inputs.get(str(each.value.name)))
-            assert value is not None
-            count = cut_off(value, each.scale, each.zero)
+            count = cut_off(values[str(each.value.name)], each.scale, each.zero)
             for result in self._outputs.keys() & each.results:
                 self._cut[self.stage.name, self._outputs[result]] += count
         return {label: values[name] for name, label in self._outputs.items()}
