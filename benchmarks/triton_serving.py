@@ -128,6 +128,14 @@ def killed(server: Server) -> dict[str, Any]:
     }
 
 
+def killed_in_turn(server: Server) -> list[dict[str, Any]]:
+    """Three times, or until the server itself has ended, which is a result too."""
+    tries: list[dict[str, Any]] = []
+    while len(tries) < 3 and all(each["answers afterwards"] for each in tries):
+        tries.append(killed(server))
+    return tries
+
+
 def main(bundle: Path, parts: list[str], requests: int) -> None:
     result: dict[str, Any] = {"cores": os.cpu_count()}
     expected: list[np.ndarray] = []
@@ -146,7 +154,7 @@ def main(bundle: Path, parts: list[str], requests: int) -> None:
             if "streaming" in parts:
                 result["first frame of a 3-tile video"] = first_frame(server)
             if "killed" in parts:
-                result["killed"] = [killed(server) for _ in range(3)]
+                result["killed"] = killed_in_turn(server)
         if "models" in parts:
             repository = package(bundle, Path(folder) / "models", Serving(stages="models"))
             with triton(repository, Path(folder) / "log") as server:
