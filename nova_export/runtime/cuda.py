@@ -1,4 +1,4 @@
-"""CUDA through cuda-python: a GPU's memory, and the one stream in whose order everything happens there."""
+"""CUDA through cuda-python: a GPU's memory, and a stream in whose order everything happens there."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ MIB = 1 << 20
 class Gpu:
     """The machine's first GPU. Memory is allocated and freed in the order of the stream, so never waited for.
 
+    Each has a stream and a scratch memory of its own, and what is in the memory of one is not for another's
+    stream. yields: its kernels wait where those of others are ready.
     Raises DependencyError without cuda-python, StageError where CUDA fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, yields: bool = False) -> None:
         try:
             self._cuda: Any = importlib.import_module(MODULE)
         except ImportError as error:
@@ -36,7 +38,9 @@ class Gpu:
                 "pip install 'cuda-bindings>=12.8'"
             ) from error
         self._keep_freed_memory()
-        self.stream = int(self._call("cudaStreamCreate"))
+        least, most = self._call("cudaDeviceGetStreamPriorityRange")
+        flags = self._cuda.cudaStreamDefault
+        self.stream = int(self._call("cudaStreamCreateWithPriority", flags, least if yields else most))
         self._arena = Arena(self)
 
     def _keep_freed_memory(self) -> None:

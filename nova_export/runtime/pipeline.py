@@ -7,7 +7,10 @@ out = pipe("a red circle moving right", max_latent_length=9, seed=1)
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +32,8 @@ from nova_export.runtime.runner import Array, Held, Runner
 from nova_export.runtime.stage_runners import StageRunners
 from nova_export.runtime.tokenizer import PromptTokenizer
 
+DECODER_THREAD = "nova-export decoder"
+
 Callback = Callable[[Step], object]
 
 
@@ -47,7 +52,8 @@ class Output:
 class Pipeline:
     """Text (or class, or image) to frames, over any set of runners; see `load` for one over a bundle.
 
-    lean_decode: as in `stages`. vae_tile, low_memory: as in `decoder_of`.
+    lean_decode: as in `stages`. vae_tile, low_memory: as in `decoder_of`. decodes_meanwhile: frames are
+    decoded by a thread of their own while the next ones are generated; runners must allow that.
     """
 
     def __init__(
@@ -59,8 +65,9 @@ class Pipeline:
         lean_decode: str | None = None,
         vae_tile: int | None = None,
         low_memory: bool = False,
+        decodes_meanwhile: bool = False,
     ) -> None:
-        self.config = config
+        self.config, self.decodes_meanwhile = config, decodes_meanwhile
         self._stage, self._tokenizer, self._close = stage, tokenizer, close
         self._decoder = decoder_of(stage, config, lean_decode, vae_tile, low_memory)
 
@@ -97,8 +104,13 @@ class Pipeline:
         """
         request = _request(prompt, arguments)
         seed = request.resolved_seed()
-        latents = self.latents(request, TorchGenerator(seed), callback)
-        return Output(self.decode(latents), latents, seed)
+        prepared = self.prepare(request, TorchGenerator(seed))
+        if not self.decodes_meanwhile:
+            latents = self.latents_of(prepared, callback)
+            return Output(self.decode(latents), latents, seed)
+        of_frames: list[Floats] = []
+        parts = [frames for _, frames in self._stream([prepared], callback, of_frames)]
+        return Output(np.concatenate(parts, axis=1), np.stack(of_frames, axis=2), seed)
 
     def stream(self, prompt: Any, *, callback: Callback | None = None, **arguments: Any) -> Iterator[Frames]:
         """Frames uint8 (B, H, W, 3) as soon as their tile can be decoded. Arguments as in a call."""
@@ -124,17 +136,41 @@ class Pipeline:
         They come as soon as their tile can be decoded. callback: as in a call, of all requests together.
         wanted: whether to decode the frames of a request.
         """
+        return self._stream(prepared, callback, [], wanted)
+
+    def _stream(
+        self,
+        prepared: Sequence[Prepared],
+        callback: Callback | None,
+        done: list[Floats],
+        wanted: Callable[[int], bool] = lambda index: True,
+    ) -> Iterator[tuple[int, Frames]]:
+        """As `stream_jointly`. done: gets the latents of all requests (B, C, h, w), frame by frame."""
         joint = join(prepared)
         ends = np.cumsum([each.plan.batch for each in prepared])
         waiting = list(tiles(self.config.tiling, joint.plan.num_frames))
-        done: list[Floats] = []
-        for latents in self._frames(joint, callback):
-            done.append(latents)
-            while waiting and waiting[0].stop <= len(done):
-                tile = waiting.pop(0)
-                for index, own in enumerate(np.split(np.stack(done, axis=2), ends[:-1])):
-                    if wanted(index):
-                        yield index, self._decode(own, tile)
+        with self._decoding() as executor:
+            decoding: deque[tuple[int, Future[Frames]]] = deque()
+            for latents in self._steps(joint, callback):
+                if latents is not None:
+                    done.append(latents)
+                while waiting and waiting[0].stop <= len(done):
+                    tile = waiting.pop(0)
+                    for index, own in enumerate(np.split(np.stack(done, axis=2), ends[:-1])):
+                        if wanted(index):
+                            decoding.append((index, executor.submit(self._decode, own, tile)))
+                            yield from _decoded(decoding)
+                yield from _decoded(decoding)
+            yield from _decoded(decoding, wait=True)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[Executor]:
+        """What decodes, in the order of being asked to. Left early, it drops what it has not begun."""
+        executor = ThreadPoolExecutor(1, DECODER_THREAD) if self.decodes_meanwhile else AtOnce()
+        try:
+            yield executor
+        finally:
+            executor.shutdown(cancel_futures=True)
 
     def latents(self, request: Request, generator: Noise, callback: Callback | None = None) -> Floats:
         """Latents (B, C, L, h, w) of a request, not decoded, from any source of noise."""
@@ -158,6 +194,10 @@ class Pipeline:
 
     def _frames(self, given: Prepared, callback: Callback | None) -> Iterator[Floats]:
         """Latents (B, C, h, w) of each frame as it is finished."""
+        return (latents for latents in self._steps(given, callback) if latents is not None)
+
+    def _steps(self, given: Prepared, callback: Callback | None) -> Iterator[Floats | None]:
+        """As `_frames`, and None after each AR step before a frame's last."""
         if given.first_frame is not None:
             yield given.first_frame
         for step in generate_latents(
@@ -167,8 +207,7 @@ class Pipeline:
                 raise Cancelled(
                     f"cancelled at frame {step.frame + 1} of {step.num_frames}, step {step.step + 1}"
                 )
-            if step.is_last:
-                yield step.latents
+            yield step.latents if step.is_last else None
 
     def _first_frame(self, request: Request, plan: Plan, generator: Noise) -> Floats | None:
         """The given image's latents, one draw of the posterior shared by every sample: (B, C, h, w)."""
@@ -225,6 +264,25 @@ class Pipeline:
         return states, np.array([len(encoded[text]) for text in texts], np.int64)
 
 
+class AtOnce(Executor):
+    """Does what it is given before it returns; what goes wrong is raised where the result is asked for."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _decoded(decoding: deque[tuple[int, Future[Frames]]], wait: bool = False) -> Iterator[tuple[int, Frames]]:
+    """Those that are ready, or all, in order; they are taken out."""
+    while decoding and (wait or decoding[0][1].done()):
+        index, frames = decoding.popleft()
+        yield index, frames.result()
+
+
 def load(
     bundle: str | Path,
     *,
@@ -247,7 +305,14 @@ def load(
     opened = Bundle.open(bundle)
     runners = StageRunners(opened, device, threads, low_memory, cuda_graphs)
     tile = vae_tile or runners.vae_tile
-    return Pipeline.over(opened, runners, runners.close, vae_tile=tile, low_memory=low_memory)
+    return Pipeline.over(
+        opened,
+        runners,
+        runners.close,
+        vae_tile=tile,
+        low_memory=low_memory,
+        decodes_meanwhile=runners.decodes_meanwhile,
+    )
 
 
 def bundle_tokenizer(bundle: Bundle) -> PromptTokenizer | None:

@@ -22,6 +22,8 @@ from nova_export.runtime.tensorrt import TensorRtRunner
 from nova_export.spec import Stage
 from nova_export.targets import TARGETS, find
 
+DECODE = "decode"  # the phase that needs nothing of the others but latents, which the host has
+
 RUNNERS: dict[str, Callable[[Stage, Path, int], Runner]] = {
     "cpu": OrtRunner,
     "cuda": OrtCudaRunner,
@@ -89,7 +91,8 @@ def check_memory(bundle: Bundle, device: str, low_memory: bool, there: int | Non
             scratch[phase] = max(scratch[phase], engine.activation_bytes or 0)
             if not is_stripped(engine):  # whose weights are the graph's
                 weights[phase] += (engine.weight_bytes or 0) - _graph_size(bundle, stage)
-    at_once = sum(weights.values()) + max(scratch.values())
+    others = max(size for phase, size in scratch.items() if phase != DECODE)
+    at_once = sum(weights.values()) + others + scratch[DECODE]  # which may run while one of them does
     least = max(weights[phase] + scratch[phase] for phase in weights)
     needed = least if low_memory else at_once
     if there is None or needed <= there:
@@ -115,6 +118,8 @@ class StageRunners:
     device: one of PROVIDERS for the graphs, or a target that the bundle has engines for. With `low_memory`
     only the stages of one phase are open at a time (text, image, frame, step, decode). cuda_graphs: of
     engines; there are none with `low_memory`, where no stage stays long enough to use them.
+
+    Engines of the decode phase have a stream of their own, so that another thread may run them meanwhile.
     """
 
     def __init__(
@@ -138,7 +143,7 @@ class StageRunners:
                     f"`nova-export engines {bundle.folder} --target TARGET` adds others"
                 )
             check_engines(bundle, device)
-        self._gpu: Gpu | None = None
+        self._gpus: dict[bool, Gpu] = {}  # by whether it is the decoder's
         self._open: dict[str, Runner] = {}
         self._checked: set[str] = set()
 
@@ -146,6 +151,11 @@ class StageRunners:
     def vae_tile(self) -> int | None:
         """The largest side of what the decoder takes, in latents, where whole frames are larger."""
         return vae_tile_on(self.bundle, self.device)
+
+    @property
+    def decodes_meanwhile(self) -> bool:
+        """Whether frames can be decoded while others are generated, and time is gained by it."""
+        return self.device not in PROVIDERS and not self.low_memory
 
     def __call__(self, name: str) -> Runner:
         if name in self._open:
@@ -166,25 +176,33 @@ class StageRunners:
         engine = self.bundle.engines[self.device][name]
         if not checked:
             self.bundle.check(engine.file)
-        if self._gpu is None:
-            self._gpu = Gpu()
-            check_memory(self.bundle, self.device, self.low_memory, self._gpu.free_memory())
+        gpu = self._gpu(entry.spec.phase == DECODE)
         path, weights = self.bundle.path(engine.file), None
         if is_stripped(engine):
             self.bundle.check_stage(name)
             weights = self.bundle.path(entry.graph)
         if find(TARGETS, self.device).runtime == RtxRunner.runtime:
             kernels = kernel_file(self.bundle, engine)
-            return RtxRunner(engine.spec, path, self._gpu, kernels, self.cuda_graphs, weights)
-        return TensorRtRunner(engine.spec, path, self._gpu, self.cuda_graphs, weights)
+            return RtxRunner(engine.spec, path, gpu, kernels, self.cuda_graphs, weights)
+        return TensorRtRunner(engine.spec, path, gpu, self.cuda_graphs, weights)
+
+    def _gpu(self, decodes: bool) -> Gpu:
+        """Raises MemoryShortage where there is too little for the engines."""
+        if decodes not in self._gpus:
+            gpu = Gpu(yields=decodes)
+            if not self._gpus:
+                check_memory(self.bundle, self.device, self.low_memory, gpu.free_memory())
+            self._gpus[decodes] = gpu
+        return self._gpus[decodes]
 
     def close(self, keep_phase: str | None = None) -> None:
         """Free every open runner, but those of one phase if it is named, and what they computed in."""
         closed = [name for name, runner in self._open.items() if runner.stage.phase != keep_phase]
         for name in closed:
             self._open.pop(name).__exit__(None, None, None)
-        if closed and self._gpu:
-            self._gpu.free_arena()
+        if closed:
+            for gpu in self._gpus.values():
+                gpu.free_arena()
 
 
 def kernel_file(bundle: Bundle, engine: EngineEntry) -> Path:

@@ -1,7 +1,8 @@
 """CUDA without a GPU: memory is the machine's own.
 
 As on a real one, nothing happens before the host waits for the stream, in the order in which it was asked
-for; memory that was freed is overwritten.
+for; memory that was freed is overwritten. Streams know nothing of each other: what one of them allocated is
+for it alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ Work = Callable[[], object]
 class FakeCuda:
     """The functions of cuda.bindings.runtime that are used. live: bytes by address; uploads: their sizes.
 
-    While a stream is captured, work is recorded and not done; what waits, allocates or frees then spoils it.
-    graphs: what executables do, by handle; begun, launched, waits: how often.
+    streams: what waits on each; priorities: of each. While one is captured, work is recorded and not done;
+    what waits, allocates or frees then spoils it. graphs: what executables do, by handle; begun, launched,
+    waits: how often.
     """
 
     cudaMemcpyKind = SimpleNamespace(
@@ -28,6 +30,7 @@ class FakeCuda:
     )
     cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaStreamDefault = 0
 
     def __init__(self, memory: int = 1 << 40) -> None:
         self.memory = memory
@@ -35,9 +38,12 @@ class FakeCuda:
         self.mapped: set[int] = set()  # what is not freed yet, as the stream sees it
         self.freed: list[Any] = []  # kept, so that no address comes twice
         self.uploads: list[int] = []
-        self.waiting: list[Work] = []
+        self.streams: dict[int, list[Work]] = {}
+        self.priorities: dict[int, int] = {}
+        self.of_stream: dict[int, int] = {}  # by address
         self.kept_after_free = 0
         self.recorded: list[Work] | None = None
+        self.recording = 0  # the stream
         self.spoiled = False
         self.captured: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
@@ -62,24 +68,31 @@ class FakeCuda:
         self.kept_after_free = value
         return (0,)
 
-    def cudaStreamCreate(self) -> tuple[int, int]:
-        return 0, 7
+    def cudaDeviceGetStreamPriorityRange(self) -> tuple[int, int, int]:
+        return 0, 0, -5
+
+    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[int, int]:
+        stream = 7 + len(self.streams)
+        self.streams[stream], self.priorities[stream] = [], priority
+        return 0, stream
 
     def cudaMallocAsync(self, size: int, stream: int) -> tuple[int, int]:
-        assert stream == 7 and size > 0
-        if self.spoils():
+        assert size > 0
+        if self.spoils(stream):
             return self.error, 0
         if size + sum(map(len, list(self.live.values()))) > self.memory:
             return self._failed(2), 0
         memory = (ctypes.c_ubyte * size)(*([JUNK] * min(size, 64)))
         pointer = ctypes.addressof(memory)
         self.live[pointer] = memory
+        self.of_stream[pointer] = stream
         self.mapped.add(pointer)
         return 0, pointer
 
     def cudaFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
-        if self.spoils():
+        if self.spoils(stream):
             return (self.error,)
+        assert self.of_stream.pop(pointer) == stream
         memory = self.live.pop(pointer)
         self.freed.append(memory)
 
@@ -87,35 +100,40 @@ class FakeCuda:
             ctypes.memset(pointer, JUNK, len(memory))
             self.mapped.discard(pointer)
 
-        self.do(free)
+        self.do(stream, free)
         return (0,)
 
     def cudaMemcpyAsync(self, to: int, start: int, size: int, kind: int, stream: int) -> tuple[int]:
-        assert stream == 7
-        if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice and self.recorded is None:
+        kinds = self.cudaMemcpyKind
+        if kind != kinds.cudaMemcpyDeviceToHost:
+            self.check_owner(to, stream)
+        if kind != kinds.cudaMemcpyHostToDevice:
+            self.check_owner(start, stream)
+        if kind == kinds.cudaMemcpyHostToDevice and not self.captures(stream):
             self.uploads.append(size)
             staged = ctypes.string_at(start, size)
-            self.do(lambda: ctypes.memmove(to, staged, size))
+            self.do(stream, lambda: ctypes.memmove(to, staged, size))
         else:
-            self.do(lambda: ctypes.memmove(to, start, size))
+            self.do(stream, lambda: ctypes.memmove(to, start, size))
         return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        if self.spoils():
+        if self.spoils(stream):
             return (self.error,)
         self.waits += 1
-        while self.waiting:
-            self.waiting.pop(0)()
+        waiting = self.streams[stream]
+        while waiting:
+            waiting.pop(0)()
         return (0,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
-        assert (stream, mode) == (7, 1) and self.recorded is None
-        self.recorded, self.spoiled = [], False
+        assert mode == 1 and self.recorded is None
+        self.recorded, self.recording, self.spoiled = [], stream, False
         self.begun += 1
         return (0,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, int | None]:
-        assert stream == 7 and self.recorded is not None
+        assert self.recorded is not None and stream == self.recording
         recorded, self.recorded = self.recorded, None
         if self.spoiled:
             return self._failed(901), None
@@ -134,25 +152,36 @@ class FakeCuda:
         return (0,)
 
     def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
-        assert stream == 7 and self.recorded is None
+        assert self.recorded is None
         self.launched += 1
-        self.waiting.extend(self.graphs[executable])
+        self.streams[stream].extend(self.graphs[executable])
         return (0,)
 
     def cudaGraphExecDestroy(self, executable: int) -> tuple[int]:
         del self.graphs[executable]
         return (0,)
 
-    def do(self, work: Work) -> None:
+    def do(self, stream: int, work: Work) -> None:
         """When it is its turn on the stream; in a capture, whenever that is launched."""
-        (self.waiting if self.recorded is None else self.recorded).append(work)
+        if self.recorded is not None and self.captures(stream):
+            self.recorded.append(work)
+        else:
+            self.streams[stream].append(work)
 
-    def spoils(self) -> bool:
-        """Whether a stream is being captured, which what is done now spoils."""
-        if self.recorded is not None:
+    def captures(self, stream: int) -> bool:
+        return self.recorded is not None and stream == self.recording
+
+    def spoils(self, stream: int) -> bool:
+        """Whether it is being captured, which what is done now spoils."""
+        if self.captures(stream):
             self.spoiled = True
             self._failed(900)
-        return self.recorded is not None
+        return self.captures(stream)
+
+    def check_owner(self, address: int, stream: int) -> None:
+        """Of memory that work on a stream uses."""
+        inside = [start for start, held in list(self.live.items()) if start <= address < start + len(held)]
+        assert [self.of_stream[start] for start in inside] == [stream], "memory of another stream"
 
     def _failed(self, status: int) -> int:
         self.error = status

@@ -56,6 +56,7 @@ class FakeTensorRt:
         self.numbers_tensors = numbers_tensors
         self.cuda, self.aliases, self.on_host, self.capturable = cuda, aliases, on_host, capturable
         self.scratch: set[int] = set()  # addresses of what engines computed in
+        self.ran_on: dict[int, set[str]] = {}  # by stream, first outputs of the engines
         self.fails = ""
         self.in_capture: Work = lambda: None
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
@@ -250,25 +251,28 @@ class FakeContext:
         return tuple(self.session.run([name], feeds)[0].shape)
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == 7
         trt, cuda = self.engine.trt, self.engine.trt.cuda
-        if cuda.recorded is not None:
+        captures = cuda.captures(stream)
+        if captures:
             trt.in_capture()
-            if self.is_new and cuda.spoils():
+            if self.is_new and cuda.spoils(stream):
                 return self._refuses("shapes were not updated before the capture")
+        trt.ran_on.setdefault(stream, set()).add(self.session.get_outputs()[0].name)
         if trt.fails or cuda.error:
             return self._refuses(trt.fails or f"CUDA error {cuda.error}")
         self.is_new = False
         place = self._place()
+        for address in (self.memory, *(at for name, at in self.addresses.items() if name not in trt.on_host)):
+            cuda.check_owner(address, stream)
         for output in self.addresses.keys() - self.shapes.keys():
             shared = {name for name in self.shapes if self.addresses[name] == self.addresses[output]}
             assert shared <= {self.engine.get_aliased_input_tensor(output)}, f"{output} overwrites {shared}"
         on_host = {name: self._read(name, *place[:2]) for name in trt.on_host if name in self.shapes}
-        if cuda.recorded is None:
+        if not captures:
             self._compile_and_count(place)
-            cuda.do(lambda: self._compute(place, on_host))
+            cuda.do(stream, lambda: self._compute(place, on_host))
         else:
-            cuda.do(partial(replay, weakref.ref(self), place, on_host, self._sizes(place[0])))
+            cuda.do(stream, partial(replay, weakref.ref(self), place, on_host, self._sizes(place[0])))
         return True
 
     def _refuses(self, why: str) -> bool:
