@@ -20,6 +20,7 @@ GROUPS = 32  # of every norm
 TAPS = 3  # frames that a convolution sees
 BETWEEN = ("here", "near", "here_1", "near_1", "here_2", "near_2")
 MODULE = "reference_model.vae.lean"
+DECODE = "decode"  # the phase: all that it needs of the others is latents, which the host has
 DECODER = "vae_decoder"  # what the names of all pieces begin with
 START = f"{DECODER}_start"
 
@@ -125,7 +126,7 @@ class _Cut:
             arguments=(self.frame_type,),
             part="vae",
             prefixes=("post_quant_conv.", *(f"decoder.{part}." for part in parts)),
-            phase="decode",
+            phase=DECODE,
             inputs=(Tensor("latents", F32, latents),),
             outputs=(
                 Tensor("next_frames", self.frame_type, ("frames", dim, "frame_height", "frame_width")),
@@ -173,7 +174,7 @@ class _Cut:
             arguments=(path, self.frame_type),
             part="vae",
             prefixes=tuple(f"decoder.{each}" for each in weights),
-            phase="decode",
+            phase=DECODE,
             inputs=inputs,
             outputs=outputs,
             axes=(Axis("frame_height", 1, height, height), Axis("frame_width", 1, width, width)),

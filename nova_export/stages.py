@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nova_export.config import FREQUENCIES, MOTION_TOKENS, NovaConfig
-from nova_export.lean_stages import lean_decoder
+from nova_export.lean_stages import DECODE, lean_decoder
 from nova_export.spec import Axis, Stage, Tensor
 
 MAX_BATCH = 256  # samples in one call
@@ -230,7 +230,7 @@ def _vae_decoder(config: NovaConfig, largest: tuple[int, ...]) -> Stage:
         module="reference_model.vae:VaeDecoder",
         part="vae",
         prefixes=("decoder.", "post_quant_conv."),
-        phase="decode",
+        phase=DECODE,
         inputs=(
             Tensor(
                 "latents", F32, (1, config.latent_channels, "latent_frames", "latent_height", "latent_width")

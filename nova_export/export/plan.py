@@ -1,7 +1,7 @@
 """Preflight: what a checkpoint takes on a target, in memory and at least in time, before anything is built.
 
 Costs are counted on the reference modules (meter.py); the constants below are what runtimes add to them, each
-measured: benchmarks/LOG.md. Bytes throughout; GB are 10^9.
+measured (benchmarks/LOG.md); those of activations are in activations.py. Bytes throughout; GB are 10^9.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from nova_export.child import GB
 from nova_export.config import NovaConfig
 from nova_export.errors import UsageError
+from nova_export.export.activations import activation_bytes
 from nova_export.export.meter import Cost, stage_cost
-from nova_export.lean_stages import Kept, is_piece, kept_frames
+from nova_export.lean_stages import DECODE, Kept, is_piece, kept_frames
 from nova_export.runtime.decode import tiles
 from nova_export.runtime.tokens import set_sizes
 from nova_export.spec import Stage
-from nova_export.stages import stages
+from nova_export.stages import Limits, stages
 from nova_export.tables import markdown
 from nova_export.targets import CPU, PRECISIONS, Hardware, Precision, Target
 
@@ -28,14 +30,6 @@ PASSES = 2  # with guidance
 RUNTIME = 30_000_000  # of ONNX Runtime itself, in a process
 PACKED = 1.15  # weights in ONNX Runtime, some of them also in the order that its kernels read
 PACKED_LOOP = 1.8  # the head's: of the diffusion loop's body nearly all
-SCORES = 2  # its attention keeps scores, and their softmax
-UNMASKED = "spatial_encoder"  # where attention has no mask: what `to_multi_head` changes
-CONVOLUTIONS = 2.6  # activations of a video autoencoder there, over those counted: windows of 3D convolutions
-WORKSPACE = 1 << 23  # TensorRT's figure for the smallest engine
-ENGINE_DECODER = (
-    1.12  # TensorRT's activations of a video decoder, over those counted; an encoder's are as counted
-)
-ENGINE_PIECE = 0.6  # of a piece of a lean decode: norm and SiLU are part of its convolution
 COMPILE = 3.0, GB // 4  # times the weights of the largest stage, and beside them
 SCALE = 4  # of a block of weights in integers
 COLUMNS = ("stage", "precision", "weights MB", "activations MB", "frames MB", "calls", "at least ms a call")
@@ -53,10 +47,14 @@ class Video:
     lean_decode: bool = False
     head_steps: int | None = None
 
-    @property
-    def stages(self) -> dict[str, Stage]:
+    def stages(self, limits: Limits | None = None) -> dict[str, Stage]:
+        """limits: those that engines are made for; None for graphs."""
         lean = "float32" if self.lean_decode else None
-        return stages(self.config, lean_decode=lean, head_steps=self.head_steps)
+        return stages(self.config, limits or Limits(), lean_decode=lean, head_steps=self.head_steps)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.batch, self.frames)
 
     def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
         """at_most: the largest of the video; else those of a call in its middle."""
@@ -77,11 +75,18 @@ class Video:
         }
         return {axis.name: of_call.get(axis.name, axis.max) for axis in stage.axes}
 
+    def profile_sizes(self, stage: Stage) -> Mapping[str, int]:
+        """The largest of the profile of an engine, whose memory is for these whatever a call has."""
+        sizes = {axis.name: axis.max for axis in stage.axes}
+        if "steps" in sizes:  # a loop takes the memory of one step
+            sizes["steps"] = self.head_steps or self.num_diffusion_steps
+        return sizes
+
     def calls(self, stage: Stage) -> int:
         """In one video."""
         sets = len(set_sizes(self.config.num_tokens, self.num_inference_steps))
         decodes = self.batch * len(list(tiles(self.config.tiling, self.frames)))
-        of_phase = {"text": 1, "image": 0, "frame": self.frames, "decode": decodes}
+        of_phase = {"text": 1, "image": 0, "frame": self.frames, DECODE: decodes}
         calls = of_phase.get(stage.phase, self.frames * sets)
         if is_piece(stage):
             calls *= self.tile_frames
@@ -118,6 +123,7 @@ class Plan:
     """What a video takes. caches: of keys and values. memory: what there is for it; None if unknown.
 
     frames_on_host: whether those of a lean decode wait in another memory, with --low-memory.
+    decodes_meanwhile: whether the decoder computes beside other stages, in memory of its own.
     """
 
     target: str
@@ -126,6 +132,7 @@ class Plan:
     memory: int | None
     build: int
     frames_on_host: bool = False
+    decodes_meanwhile: bool = False
 
     @property
     def run(self) -> int:
@@ -144,9 +151,12 @@ class Plan:
 
     def _needs(self, loaded: Collection[StagePlan], frames_on_host: bool = False) -> int:
         beside = RUNTIME if self.target == CPU.name else 0
-        scratch = max(stage.activations for stage in loaded)  # that all of them compute in
+        scratch: dict[bool, int] = {}  # that all of them compute in, or the decoder in one and others in one
+        for stage in loaded:
+            apart = self.decodes_meanwhile and stage.phase == DECODE
+            scratch[apart] = max(scratch.get(apart, 0), stage.activations)
         frames = max(stage.call_frames if frames_on_host else stage.frames for stage in loaded)
-        return beside + scratch + frames + sum(stage.weights for stage in loaded)
+        return beside + sum(scratch.values()) + frames + sum(stage.weights for stage in loaded)
 
     @property
     def seconds(self) -> float | None:
@@ -203,7 +213,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a video costs, by stage: of its largest call, and of one in its middle."""
+    """What a video costs, by stage: of its largest call, and of one in its middle; of engines made for it."""
 
     video: Video
     largest: Mapping[str, Cost]
@@ -214,10 +224,26 @@ class Costs:
         def costs(at_most: bool) -> dict[str, Cost]:
             return {
                 name: stage_cost(stage, video.config, video.sizes(stage, at_most))
-                for name, stage in video.stages.items()
+                for name, stage in video.stages().items()
             }
 
         return cls(video, costs(at_most=True), costs(at_most=False))
+
+    @cached_property
+    def of_engines(self) -> Mapping[str, Cost]:
+        video = self.video
+        return {
+            name: stage_cost(stage, video.config, video.profile_sizes(stage))
+            for name, stage in video.stages(video.limits).items()
+        }
+
+    def activations(self, name: str, precision: Precision, target: Target) -> int:
+        """Bytes that a stage computes in on a target."""
+        video, limits = self.video, self.video.limits if target.runtime else None
+        stage = video.stages(limits)[name]
+        sizes = video.profile_sizes(stage) if target.runtime else video.sizes(stage, at_most=True)
+        cost = (self.of_engines if target.runtime else self.largest)[name]
+        return activation_bytes(stage, cost, precision, target, video.config, sizes)
 
 
 def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | None = None) -> Plan:
@@ -225,8 +251,8 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
     hardware, video = target.hardware, costs.video
     if memory is None and hardware:
         memory = int((hardware.memory - hardware.system) * GB)
-    made, kept = [], kept_frames(video.stages.values(), video.tile_frames)
-    for name, stage in video.stages.items():
+    made, kept = [], kept_frames(video.stages().values(), video.tile_frames)
+    for name, stage in video.stages().items():
         of_stage, cost = precision.of_stage(name), costs.largest[name]
         weights = loaded = weight_bytes(cost, of_stage)
         frames, of_frame = kept.get(name, Kept(0, 0)), 2 if of_stage.half else 4
@@ -238,7 +264,7 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
                 phase=stage.phase,
                 precision=of_stage.name,
                 weights=loaded,
-                activations=activation_bytes(stage, cost, of_stage, target, video.config),
+                activations=costs.activations(name, of_stage, target),
                 frames=of_frame * frames.between,
                 call_frames=of_frame * frames.call,
                 calls=video.calls(stage),
@@ -252,7 +278,15 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
     in_place = 4 * sum(cost.in_place for cost in costs.largest.values())  # float32 in any precision
     caches = in_place * (2 if target.runtime else 1)  # an engine has each twice
     apart = target.runtime is not None and not (hardware and hardware.unified)
-    return Plan(target.name, tuple(made), caches, memory, build, frames_on_host=apart)
+    return Plan(
+        target.name,
+        tuple(made),
+        caches,
+        memory,
+        build,
+        frames_on_host=apart,
+        decodes_meanwhile=target.runtime is not None,
+    )
 
 
 def fitting(costs: Costs, target: Target, memory: int | None = None) -> Iterator[tuple[str, Plan]]:
@@ -284,22 +318,6 @@ def weight_bytes(cost: Cost, precision: Precision) -> int:
 def export_bytes(weights: int) -> int:
     """What exporting a stage with so many weights needs at most."""
     return int(1.1 * 4 * weights) + 2 * GB
-
-
-def activation_bytes(
-    stage: Stage, cost: Cost, precision: Precision, target: Target, config: NovaConfig
-) -> int:
-    """What a stage computes in, as its runtime lays it out."""
-    size = 2 if precision.half in target.kernels else 4
-    factor, is_video_vae = 1.0, stage.part == "vae" and config.is_video
-    if target.runtime is None:
-        if is_video_vae and not is_piece(stage):  # whose convolutions are in 2D
-            factor = CONVOLUTIONS
-        in_pieces = stage.name == UNMASKED and precision.weights and target.ort_operators
-        return int(size * (factor * cost.activations + (0 if in_pieces else SCORES * cost.scores)))
-    if is_video_vae and stage.phase == "decode":
-        factor = ENGINE_PIECE if is_piece(stage) else ENGINE_DECODER
-    return int(size * factor * cost.activations) + WORKSPACE
 
 
 def _seconds(cost: Cost, weights: int, precision: Precision, hardware: Hardware | None) -> float | None:

@@ -12,7 +12,7 @@ from nova_export.engine.compatibility import check_engines
 from nova_export.engine.compiler import STRIPPED
 from nova_export.engine.flavour import machine_capability
 from nova_export.errors import BundleError, DependencyError, MemoryShortage, UsageError
-from nova_export.lean_stages import DECODER
+from nova_export.lean_stages import DECODE, DECODER
 from nova_export.runtime.cuda import Gpu
 from nova_export.runtime.ort_cuda import PROVIDERS, OrtCudaRunner
 from nova_export.runtime.ort_rtx import OrtRtxRunner
@@ -21,8 +21,6 @@ from nova_export.runtime.runner import OrtRunner, Runner
 from nova_export.runtime.tensorrt import TensorRtRunner
 from nova_export.spec import Stage
 from nova_export.targets import TARGETS, find
-
-DECODE = "decode"  # the phase that needs nothing of the others but latents, which the host has
 
 RUNNERS: dict[str, Callable[[Stage, Path, int], Runner]] = {
     "cpu": OrtRunner,

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from nova_export.bundle import Bundle
+from nova_export.export.plan import Costs, Video, make_plan
 from nova_export.inspect import describe_engine, engine_table
+from nova_export.targets import HEAD_STEPS, PRECISIONS, TARGETS, find
 from reference_model.checkpoint import check_weights
 from reference_model.init import init_checkpoint
 from tests.conftest import GOLDEN
@@ -57,6 +59,15 @@ def test_every_stage_in_fp16(name: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert engine.weight_bytes is not None
         assert engine.weight_bytes < 1.2 * half + 50_000, stage  # held once, in 16 bits
         assert bundle.files[engine.file].size < 1.2 * half + 15_000_000, stage  # kernels besides
+    planned = make_plan(
+        Costs.count(Video(bundle.config, frames=bundle.config.video_length, head_steps=HEAD_STEPS)),
+        find(TARGETS, TARGET),
+        find(PRECISIONS, "fp16"),
+    )
+    for each in planned.stages:
+        said = engines[each.name]
+        assert each.activations == pytest.approx(said.activation_bytes, rel=0.1), each.name
+        assert each.weights == pytest.approx(said.weight_bytes, rel=0.1, abs=50_000), each.name
     assert compiled[0] < 300 and compiled[1] < 12 * GB
     if bundle.config.is_video:
         lean_decode(checkpoint, out)
@@ -74,7 +85,8 @@ def lean_decode(checkpoint: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_phi_2_in_fp16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int4-weights"])
+def test_phi_2(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The text encoder of the published checkpoints, beside small stages."""
     small = GOLDEN / "t2v" / "checkpoint"
     configs = {
@@ -83,13 +95,13 @@ def test_phi_2_in_fp16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     kept = ("arch", "image_size", "image_stride", "image_dim")
     configs["transformer"] = {key: configs["transformer"][key] for key in kept}
     checkpoint, out = init_checkpoint(configs, tmp_path / "checkpoint"), tmp_path / "bundle"
-    options = ("--target", TARGET, "--stage", "text_encoder=fp16", "--no-engines")
+    options = ("--target", TARGET, "--stage", f"text_encoder={precision}", "--no-engines")
     exported = measured("build", checkpoint, "-o", out, *options)
     compiled = measured("engines", out, "--stage", "text_encoder")
     bundle = Bundle.open(out)
     engine = bundle.engines[TARGET]["text_encoder"]
     with capsys.disabled():
-        print(f"\nPhi-2, fp16 for {TARGET}")
+        print(f"\nPhi-2, {precision} for {TARGET}")
         for what, (seconds, peak) in {"graphs": exported, "engine": compiled}.items():
             print(f"{what}: {seconds:.0f} s, {peak / GB:.1f} GB at the most")
         print(engine_table({"text_encoder": describe_engine(bundle, engine)}))

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from nova_export.config import NovaConfig
 from nova_export.export import build
+from nova_export.export.activations import SCORES, activation_bytes
 from nova_export.export.meter import stage_cost
 from nova_export.export.plan import (
     GB,
     RUNTIME,
-    SCORES,
     Costs,
     Plan,
     Video,
@@ -159,7 +159,7 @@ def test_scores_that_are_never_held_take_nothing(config: NovaConfig) -> None:
     plans = [planned(config, target, p) for target in ("cpu", "rtx-4090") for p in ("fp32", "int8-weights")]
     whole, pieces, *engines = ({s.name: s.activations for s in plan.stages} for plan in plans)
     video = Video(config, frames=config.video_length)
-    stage = video.stages["spatial_encoder"]
+    stage = video.stages()["spatial_encoder"]
     scores = 4 * SCORES * stage_cost(stage, config, video.sizes(stage, at_most=True)).scores
     assert scores > 0 and whole["spatial_encoder"] - pieces["spatial_encoder"] == scores
     assert whole["temporal_encoder"] == pieces["temporal_encoder"]
@@ -177,11 +177,11 @@ def test_the_verdict_follows_the_memory(config: NovaConfig) -> None:
 def test_an_unrolled_head_is_called_so_often(config: NovaConfig) -> None:
     looped = Video(config, num_inference_steps=4, num_diffusion_steps=11)
     unrolled = replace(looped, head_steps=5)
-    head, whole = (video.stages["diffusion_head"] for video in (unrolled, looped))
+    head, whole = (video.stages()["diffusion_head"] for video in (unrolled, looped))
     assert unrolled.calls(head) == 3 * looped.calls(whole)
     assert unrolled.sizes(head, at_most=True)["steps"] == 5
-    assert unrolled.calls(unrolled.stages["spatial_encoder"]) == looped.calls(
-        looped.stages["spatial_encoder"]
+    assert unrolled.calls(unrolled.stages()["spatial_encoder"]) == looped.calls(
+        looped.stages()["spatial_encoder"]
     )
 
 
@@ -239,6 +239,62 @@ def test_an_exact_decode_at_full_size_fits_a_jetson_of_8_gb() -> None:
     scratch, frames = max(s.activations for s in decode), max(s.frames for s in decode)
     assert scratch < 1.5 * GB and frames < 3.3 * GB
     assert jetson.run_low_memory == scratch + frames + sum(s.weights for s in decode)
+
+
+# TensorRT-RTX 1.7.1's own figures in MB, in fp16 for SM89: benchmarks/LOG.md
+OSP480 = {
+    "condition": 21.1, "temporal_encoder": 70.2, "spatial_encoder": 89, "diffusion_head": 214,
+    "vae_encoder": 443, "vae_decoder": 13_242,
+}  # fmt: skip
+SDXL1024 = {"condition": 9.9, "temporal_encoder": 66.6, "spatial_encoder": 252, "vae_decoder": 1636}
+SMALL = "2x64"  # a text encoder
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "head_steps", "said"),
+    [
+        ("nova-d48w1024-osp480", 9, 5, OSP480),
+        ("nova-d48w1024-osp480", 1, 1, {"temporal_encoder": 35.6, "diffusion_head": 170}),
+        ("nova-d48w1024-osp480", 3, 10, {"temporal_encoder": 40.9, "diffusion_head": 269}),
+        ("nova-d48w1024-osp480", 1, None, {"diffusion_head": 279}),
+        ("nova-d48w1024-sdxl1024", 1, 2, {**SDXL1024, "diffusion_head": 630}),
+        ("nova-d48w1024-sdxl1024", 1, None, {"diffusion_head": 897}),
+        ("nova-d48w768-sdxl1024", 1, None, {"temporal_encoder": 52.8}),
+    ],
+)
+def test_engines_compute_in_what_tensorrt_says(
+    name: str, frames: int, head_steps: int | None, said: dict[str, float]
+) -> None:
+    full = NovaConfig.from_parts(**vars(resolve(name, SMALL)))
+    video = Video(full, frames=frames, head_steps=head_steps)
+    target, half = find(TARGETS, "rtx-40"), find(PRECISIONS, "fp16")
+    made = video.stages(video.limits)
+    for stage, megabytes in said.items():
+        sizes = video.profile_sizes(made[stage])
+        cost = stage_cost(made[stage], full, sizes)
+        actual = activation_bytes(made[stage], cost, half, target, full, sizes)
+        assert actual / 1e6 == pytest.approx(megabytes, rel=0.1), stage
+
+
+def test_engines_are_for_their_largest_sizes(config: NovaConfig) -> None:
+    """Whatever a call has: memory is of the profile."""
+    few, many = (
+        {s.name: s.activations for s in planned(config, "rtx-4090", "fp16", num_inference_steps=steps).stages}
+        for steps in (1, 64)
+    )
+    assert few == many
+    on_cpu = [
+        {s.name: s.activations for s in planned(config, num_inference_steps=steps).stages}
+        for steps in (1, 64)
+    ]
+    assert on_cpu[0]["diffusion_head"] > on_cpu[1]["diffusion_head"]
+
+
+def test_the_decoder_of_engines_computes_beside_the_others(config: NovaConfig) -> None:
+    plan = planned(config, "rtx-4090", "fp16")
+    decode = max(s.activations for s in plan.stages if s.phase == "decode")
+    others = max(s.activations for s in plan.stages if s.phase != "decode")
+    assert plan.run == plan.caches + sum(s.weights for s in plan.stages) + decode + others
 
 
 def test_a_bundle_is_planned_as_its_checkpoint(golden_bundle: Callable[[str], Path]) -> None:
