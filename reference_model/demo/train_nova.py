@@ -94,7 +94,7 @@ PHASES = (
         cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
     ),
     Phase(
-        LATENT_FRAMES, 64, 7000, 1e-3, muon=True, most_snr=10.0,
+        LATENT_FRAMES, 64, 5500, 1e-3, muon=True, most_snr=10.0,
         cross_weight=2.5, lit_weight=2.5, white_weight=2.0, fresh=24_000,
     ),
 )  # fmt: skip
