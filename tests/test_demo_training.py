@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from nova_export.runtime.tokenizer import PromptTokenizer
 from reference_model.demo import train_nova, train_vae
 from reference_model.demo.model import EMBEDDED_DEVIATION, Nova
 from reference_model.demo.store import last_losses
@@ -22,7 +21,6 @@ from reference_model.demo.train_nova import Latents, alpha_bars, frame_positions
 from reference_model.demo.train_vae import to_pixels
 from reference_model.demo.trainer import Phase, Trainer
 from reference_model.demo.vae import CONFIG, Vae, inflate
-from reference_model.small_tokenizer import write_tokenizer
 from reference_model.vae import VaeEncoder
 from reference_model.vae.blocks import CausalConv3d
 
@@ -169,47 +167,10 @@ def test_a_short_training_learns(tmp_path: Path, config, monkeypatch: pytest.Mon
     images = replace(data, latents=data.latents[:, :, :1])
     phases = [Phase(1, 16, 20, 3e-3), Phase(3, 16, 60, 3e-3)]
     model = Nova(config, alpha_bars())
-    train_nova.train_nova(model, tmp_path / "nova", lambda index, phase: (images, data), 0, phases)
+    train_nova.train_nova(model, tmp_path / "nova", images, data, 0, phases)
     lines = (tmp_path / "nova" / "1" / "log.jsonl").read_text().splitlines()
     assert '"step": 60' in lines[-1]
     assert float(lines[-1].split('"loss": ')[1].split(",")[0]) < 0.9  # 1 is to have learned nothing
-
-
-def test_fresh_data_is_drawn_by_the_weights_of_its_phase(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config
-) -> None:
-    class Blank(nn.Linear):
-        """Has weights, so that it is somewhere; its latents are the means of what it sees."""
-
-        def clip_moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mean = pixels.mean((1, 2, 3, 4))[:, None, None, None, None].expand(-1, 8, 3, 8, 8)
-            return mean, torch.full_like(mean, -100)
-
-        def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return tuple(each[:, :, :1] for each in self.clip_moments(pixels))
-
-    monkeypatch.setattr(train_nova, "CLIPS", 300)
-    monkeypatch.setattr(train_nova, "IMAGES", 100)
-    write_tokenizer(tmp_path / "tokenizer", merges())
-    tokenizer = PromptTokenizer(tmp_path / "tokenizer" / "tokenizer.json", train_nova.TEXT_LENGTH)
-    data = train_nova.data_of(Blank(1, 1), tokenizer, tmp_path, seed=5)
-    plain, fresh = (
-        Phase(3, 16, 60, 1e-3, cross_weight=1e6),
-        Phase(3, 16, 60, 1e-3, cross_weight=1e6, fresh=200),
-    )
-    images, clips = data(0, plain)
-    assert (len(images.lengths), len(clips.lengths)) == (100, 300) and 0.15 < clips.crosses.mean() < 0.35
-    assert torch.equal(data(1, plain)[1].latents, clips.latents)
-    of_phase = [data(index, fresh) for index in (1, 2)]
-    for images, clips in of_phase:
-        assert len(images.lengths) == len(clips.lengths) == 200
-        assert images.crosses.mean() > 0.95 and clips.crosses.mean() > 0.95
-    assert not torch.equal(of_phase[0][1].latents, of_phase[1][1].latents)
-
-    # They are not drawn by their weights again: with these none would be.
-    phases = [Phase(3, 16, 1, 1e-3, cross_weight=0.0, fresh=200)]
-    ones = replace(of_phase[0][1], crosses=torch.ones(200))
-    train_nova.train_nova(Nova(config, alpha_bars()), tmp_path / "nova", lambda *_: (ones, ones), 0, phases)
 
 
 def test_changed_latents_decode_to_the_same_frames() -> None:

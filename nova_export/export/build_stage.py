@@ -119,6 +119,7 @@ def _integer_forms(
         float_layers = [*job.float_layers.get(spec.name, ()), *spared]
         made = quantize_stage(source, spec.name, graphs[key], precision, job.target, float_layers)
         changes[key] = {**made, "float_layers": float_layers}
+    _return_memory()  # float32 weights that the graphs were made of are mapped, and the gate loads them again
     report("gate of integers", "running the loops")
     differences = compare_on_runs(source, graphs)
     forms = {}

@@ -15,7 +15,13 @@ from reference_model.demo.model import Nova
 from reference_model.demo.recipe import SEED
 from reference_model.demo.store import last_losses, read_runs, read_weights, write_checkpoint
 from reference_model.demo.tokens import merges
-from reference_model.demo.train_nova import TEXT_LENGTH, alpha_bars, nova_config
+from reference_model.demo.train_nova import (
+    LATENT_FRAMES,
+    TEXT_LENGTH,
+    alpha_bars,
+    make_latents,
+    nova_config,
+)
 from reference_model.demo.trainer import best_device
 from reference_model.demo.vae import Vae
 from reference_model.small_tokenizer import write_tokenizer
@@ -48,16 +54,16 @@ def main(work: Path, out: Path, start: Path | None) -> None:
         vae.compile_decoder()
     train_vae.train_vae(vae, work / "decoder", SEED, decoding, done=len(before["decoder"]))
 
-    data = train_nova.data_of(vae, tokenizer, work, SEED)
+    images = make_latents(vae, tokenizer, work / "images.safetensors", SEED, train_nova.IMAGES, 1)
+    clips = make_latents(vae, tokenizer, work / "clips.safetensors", SEED, train_nova.CLIPS, LATENT_FRAMES)
     config = nova_config(len(merges()) + 257)  # with 256 bytes and the end of text
     torch.manual_seed(SEED)
     nova = Nova(config, alpha_bars()).to(device)
+    nova.begin_even(clips.latents[:2000].to(device))
     if start and same_latents:
         nova.load_parts({part: read_weights(start, part) for part in ("transformer", "text_encoder")})
-    else:
-        nova.begin_even(data(0, train_nova.PHASES[0])[1].latents[:2000].to(device))
     nova.compile_blocks()
-    train_nova.train_nova(nova, work / "nova", data, SEED, done=len(before["nova"]))
+    train_nova.train_nova(nova, work / "nova", images, clips, SEED, done=len(before["nova"]))
 
     runs = {name: [*done, *last_losses(work / name, len(done))] for name, done in before.items()}
     write_checkpoint(out, config, vae, nova, work / "tokenizer", runs)

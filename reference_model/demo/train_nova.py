@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,10 +92,6 @@ PHASES = (
         LATENT_FRAMES, 64, 6500, 1e-3, muon=True, most_snr=10.0,
         cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
     ),
-    Phase(
-        LATENT_FRAMES, 64, 5500, 1e-3, muon=True, most_snr=10.0,
-        cross_weight=2.5, lit_weight=2.5, white_weight=2.0, fresh=24_000,
-    ),
 )  # fmt: skip
 
 
@@ -114,37 +109,17 @@ class Latents:
     white: Tensor
 
 
-Data = Callable[[int, Phase], tuple[Latents, Latents]]  # images and clips for a phase, by its number
-
-
-def data_of(vae: Vae, tokenizer: PromptTokenizer, folder: Path, seed: int) -> Data:
-    """What phases learn from, made when it is asked for and kept in `folder`."""
-
-    def data(index: int, phase: Phase) -> tuple[Latents, Latents]:
-        name, first = (f"{index}-", seed + index) if phase.fresh else ("", seed)
-        made = []
-        for kind, frames, count in (("images", 1, IMAGES), ("clips", LATENT_FRAMES, CLIPS)):
-            file = folder / f"{name}{kind}.safetensors"
-            made.append(make_latents(vae, tokenizer, file, first, phase.fresh or count, frames, phase))
-        return made[0], made[1]
-
-    return data
-
-
 def make_latents(
-    vae: Vae, tokenizer: PromptTokenizer, file: Path, seed: int, count: int, frames: int, phase: Phase
+    vae: Vae, tokenizer: PromptTokenizer, file: Path, seed: int, count: int, frames: int
 ) -> Latents:
-    """Samples of the posteriors of `count` clips (images, if `frames` is 1), kept in `file`.
-
-    Drawn by their weights in the phase where it has fresh ones, else as data has them.
-    """
+    """Samples of the posteriors of `count` clips (images, if `frames` is 1), kept in `file`."""
     if not file.exists():
         device = next(vae.parameters()).device
         rows: list[Latents] = []
         for start in tqdm(range(0, count, 100), desc=file.stem, leave=False):
             rng = np.random.default_rng((seed, frames, start))
             torch.manual_seed(int(rng.integers(2**62)))
-            clips = [_sample(rng, frames, phase) for _ in range(100)]
+            clips = [sample_clip(rng) if frames > 1 else sample_image(rng) for _ in range(100)]
             pixels = to_pixels([clip.frames for clip in clips]).to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 mean, logvar = vae.clip_moments(pixels) if frames > 1 else vae.moments(pixels)
@@ -158,14 +133,6 @@ def make_latents(
     return Latents(**load_file(file))
 
 
-def _sample(rng: np.random.Generator, frames: int, phase: Phase) -> Clip:
-    while True:
-        clip = sample_clip(rng) if frames > 1 else sample_image(rng)
-        weight = phase.weight(clip.has_cross, clip.is_lit, clip.is_white) if phase.fresh else math.inf
-        if rng.random() * phase.most_weight < weight:
-            return clip
-
-
 def nova_config(vocabulary: int) -> NovaConfig:
     """The sizes of the demo."""
     return NovaConfig.from_parts(
@@ -176,7 +143,8 @@ def nova_config(vocabulary: int) -> NovaConfig:
 def train_nova(
     nova: Nova,
     folder: Path,
-    data: Data,
+    images: Latents,
+    clips: Latents,
     seed: int,
     phases: Sequence[Phase] = PHASES,
     done: int = 0,
@@ -187,12 +155,10 @@ def train_nova(
     """
     device, config = next(nova.parameters()).device, nova.config
 
-    def losses(phase: Phase, images: Latents, clips: Latents, rng: np.random.Generator) -> dict[str, Tensor]:
+    def losses(phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
         alone = rng.random() < IMAGE_SHARE[phase.frames > 1]
         data, frames = (images, 1) if alone else (clips, phase.frames)
         weights = phase.weight(data.crosses.numpy(), data.lit.numpy(), data.white.numpy())
-        if phase.fresh:  # they were drawn by their weights
-            weights = np.ones_like(weights)
         rows = torch.from_numpy(rng.choice(len(weights), phase.batch, p=weights / weights.sum()))
         told, kept = (torch.from_numpy(rng.random(phase.batch)) for _ in range(2))
         lengths = data.lengths[rows] * (kept >= TEXT_DROPOUT)
@@ -223,7 +189,7 @@ def train_nova(
             average=0.999,
             matrices=nova.matrices(),
         )
-        for _ in trainer.run(partial(losses, phase, *data(index, phase))):
+        for _ in trainer.run(partial(losses, phase)):
             pass
         trainer.load_average()
 

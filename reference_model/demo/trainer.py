@@ -37,7 +37,6 @@ class Phase:
     cross_weight: how much more often than others a sample with a cross is drawn, the hardest outline.
     lit_weight: the same of a sample before another background than black, which most prompts leave it at.
     white_weight: the same of a sample before white, beside lit_weight.
-    fresh: clips, and images, made for this phase alone, drawn by these weights; 0 takes those of all phases.
     latent_noise: greatest deviation of noise on the latents of a clip, for a decoder that takes a
     transformer's errors.
     """
@@ -52,18 +51,11 @@ class Phase:
     cross_weight: float = 1.0
     lit_weight: float = 1.0
     white_weight: float = 1.0
-    fresh: int = 0
     latent_noise: float = 0.0
 
     def weight(self, crosses: Any, lit: Any, white: Any) -> Any:
         """How much more often than the plainest a sample is drawn: of one, or arrays of them, 0 or 1."""
         return self.cross_weight**crosses * self.lit_weight**lit * self.white_weight**white
-
-    @property
-    def most_weight(self) -> float:
-        """Of any sample."""
-        weights = (self.cross_weight, self.lit_weight, self.white_weight)
-        return math.prod(max(weight, 1.0) for weight in weights)
 
 
 class Trainer:

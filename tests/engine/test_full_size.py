@@ -105,5 +105,6 @@ def test_phi_2(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         for what, (seconds, peak) in {"graphs": exported, "engine": compiled}.items():
             print(f"{what}: {seconds:.0f} s, {peak / GB:.1f} GB at the most")
         print(engine_table({"text_encoder": describe_engine(bundle, engine)}))
-    assert engine.attention == "fused"
+    # Beside integers the rest is in float32, which no fused kernel takes.
+    assert engine.attention == ("fused" if precision == "fp16" else "decomposed")
     assert max(exported[1], compiled[1], engine.peak_bytes) < 16 * GB
