@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from nova_export.errors import Cancelled, StageError
+from nova_export.runtime.generate import Step
+from nova_export.runtime.noise import TorchGenerator
 from nova_export.runtime.pipeline import DECODER_THREAD, Pipeline
+from nova_export.runtime.request import Request
 from nova_export.runtime.tokens import set_sizes
 from tests.runtime.test_pipeline import SHORT, VIDEO, Fixture, Runner, Tokenizer
 
@@ -117,3 +120,26 @@ def test_who_leaves_early_leaves_no_thread(how: str) -> None:
         with pytest.raises(Cancelled):
             list(frames)
     assert decoders() == 0
+
+
+def test_what_was_not_begun_is_dropped() -> None:
+    """Of three requests' tiles, where all are cancelled while the first is decoded."""
+    cancelled = threading.Event()
+
+    def vae_decoder() -> None:
+        assert cancelled.wait(PATIENCE)
+        time.sleep(0.5)  # until it is known
+
+    def callback(step: Step) -> bool:
+        if step.frame == FIRST_TILE + 1:
+            cancelled.set()
+        return not cancelled.is_set()
+
+    made = Meanwhile(vae_decoder=vae_decoder)
+    prepared = [
+        made.pipe.prepare(Request(prompt=prompt, max_latent_length=9, **SHORT), TorchGenerator(0))
+        for prompt in "abc"
+    ]
+    with pytest.raises(Cancelled):
+        list(made.pipe.stream_jointly(prepared, callback))
+    assert decoders() == 0 and made.count("vae_decoder") == 1
