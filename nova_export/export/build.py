@@ -121,7 +121,7 @@ def build_bundle(
         if tokenizer is not None:
             (work / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             files[TOKENIZER] = file_entry(work / TOKENIZER)
-        compiled, compiled_files = adopt_engines([work, out], work)
+        compiled, compiled_files = adopt_engines([work, out], work, records)
         files |= compiled_files
         manifest = {
             "format": FORMAT_VERSION,

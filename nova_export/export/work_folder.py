@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -102,10 +102,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def adopt_engines(folders: Sequence[Path], work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def adopt_engines(
+    folders: Sequence[Path], work: Path, names: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The engines of bundles, the first that has one, as in their manifests, and their files: all in `work`.
 
-    Whether they are still those of the new graphs, who builds engines finds out.
+    names: stages that there are; with another decode others were. Whether they are still those of the new graphs, who builds engines finds out.
     """
     engines: dict[str, Any] = {}
     files: dict[str, Any] = {}
@@ -115,6 +117,8 @@ def adopt_engines(folders: Sequence[Path], work: Path) -> tuple[dict[str, Any], 
             for target, stages in manifest["engines"].items():
                 for stage, entry in stages.items():
                     named = {entry["file"]: manifest["files"][entry["file"]]}
+                    if stage not in names:
+                        continue
                     if stage not in engines.get(target, {}) and adopt({"files": named}, folder, work):
                         engines.setdefault(target, {})[stage] = entry
                         files |= named

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from nova_export.bundle import MANIFEST, Bundle
+from nova_export.bundle import MANIFEST, Bundle, file_entry
 from nova_export.engine import build, compatibility, compiler
 from nova_export.engine.build import build_engines
 from nova_export.engine.compiler import CompileJob, _compile
 from nova_export.engine.timing_cache import timing_file
 from nova_export.errors import ExportError, UsageError
+from nova_export.export.work_folder import adopt_engines
 from tests.command_line import nova_export, only_error
 from tests.engine.fake_builder import FakeBuilders
 
@@ -158,3 +159,21 @@ def test_the_real_one_takes_and_gives_timings(golden_bundle: Callable[[str], Pat
             )
         )
         assert timings.stat().st_size > 100 and (tmp_path / "engine").stat().st_size > 10_000
+
+
+def test_engines_of_stages_that_are_gone_are_not_kept(tmp_path: Path) -> None:
+    """A bundle built again with a lean decode has pieces instead of the decoder, whose engine is large."""
+    before, work = tmp_path / "before", tmp_path / "work"
+    (before / "engines").mkdir(parents=True)
+    work.mkdir()
+    files = {}
+    for name in ("spatial_encoder", "vae_decoder"):
+        path = before / "engines" / f"{name}.engine"
+        path.write_bytes(name.encode())
+        files[f"engines/{name}.engine"] = file_entry(path)
+    engines = {name: {"file": f"engines/{name}.engine"} for name in ("spatial_encoder", "vae_decoder")}
+    (before / MANIFEST).write_text(json.dumps({"engines": {"rtx-40": engines}, "files": files}))
+    kept, of_kept = adopt_engines([before], work, ["spatial_encoder", "vae_decoder_start"])
+    assert kept == {"rtx-40": {"spatial_encoder": engines["spatial_encoder"]}}
+    assert list(of_kept) == ["engines/spatial_encoder.engine"]
+    assert [path.name for path in work.rglob("*.engine")] == ["spatial_encoder.engine"]
