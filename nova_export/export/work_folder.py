@@ -107,7 +107,8 @@ def adopt_engines(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The engines of bundles, the first that has one, as in their manifests, and their files: all in `work`.
 
-    names: stages that there are; with another decode others were. Whether they are still those of the new graphs, who builds engines finds out.
+    names: stages that there are; with another decode others were. Whether engines are still those of the new
+    graphs, who builds them finds out.
     """
     engines: dict[str, Any] = {}
     files: dict[str, Any] = {}
