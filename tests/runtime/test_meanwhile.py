@@ -34,12 +34,7 @@ class Meanwhile(Fixture):
                 return super().run(inputs)
 
         runners = {name: Hooked(each.stage, self.record) for name, each in self.runners.items()}
-        self.pipe = Pipeline(
-            VIDEO,
-            runners.__getitem__,
-            Tokenizer(),
-            decodes_meanwhile=True,  # type: ignore[arg-type]
-        )
+        self.pipe = Pipeline(VIDEO, runners.__getitem__, Tokenizer(), decodes_meanwhile=True)
 
 
 def decoders() -> int:
@@ -83,14 +78,27 @@ def test_the_next_frame_is_generated_meanwhile() -> None:
 
 def test_frames_are_given_between_ar_steps() -> None:
     """Not first when another frame is whole."""
-    decoded = threading.Event()
+    begun, decoded = threading.Event(), threading.Event()
+
+    def vae_decoder() -> None:
+        assert begun.wait(PATIENCE)
 
     def diffusion_head() -> None:
         if len(made.record.of("temporal_encoder")) > FIRST_TILE:
+            begun.set()
             assert decoded.wait(PATIENCE)
-            time.sleep(0.002)  # for what is left to do with a tile
+            time.sleep(0.1)  # until the thread has handed over what it made
 
-    made = Meanwhile(diffusion_head=diffusion_head, vae_decoder=decoded.set)
+    made = Meanwhile(diffusion_head=diffusion_head, vae_decoder=vae_decoder)
+    decode = made.pipe._decode
+
+    def decode_and_tell(*arguments: Any) -> Any:
+        try:
+            return decode(*arguments)
+        finally:
+            decoded.set()
+
+    made.pipe._decode = decode_and_tell
     next(made.pipe.stream("a", max_latent_length=9, **{**SHORT, "num_inference_steps": 20}))
     steps = len(set_sizes(VIDEO.num_tokens, 20))
     assert FIRST_TILE * steps < made.count("diffusion_head") < (FIRST_TILE + 1) * steps
