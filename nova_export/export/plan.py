@@ -47,14 +47,19 @@ class Video:
     lean_decode: bool = False
     head_steps: int | None = None
 
-    def stages(self, limits: Limits | None = None) -> dict[str, Stage]:
-        """limits: those that engines are made for; None for graphs."""
-        lean = "float32" if self.lean_decode else None
-        return stages(self.config, limits or Limits(), lean_decode=lean, head_steps=self.head_steps)
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """As graphs have them, which take any size."""
+        return self._stages(Limits())
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.batch, self.frames)
+    def engine_stages(self) -> dict[str, Stage]:
+        """As engines made for this video have them."""
+        return self._stages(Limits(self.batch, self.frames))
+
+    def _stages(self, limits: Limits) -> dict[str, Stage]:
+        lean = "float32" if self.lean_decode else None
+        return stages(self.config, limits, lean_decode=lean, head_steps=self.head_steps)
 
     def sizes(self, stage: Stage, at_most: bool) -> Mapping[str, int]:
         """at_most: the largest of the video; else those of a call in its middle."""
@@ -224,7 +229,7 @@ class Costs:
         def costs(at_most: bool) -> dict[str, Cost]:
             return {
                 name: stage_cost(stage, video.config, video.sizes(stage, at_most))
-                for name, stage in video.stages().items()
+                for name, stage in video.stages.items()
             }
 
         return cls(video, costs(at_most=True), costs(at_most=False))
@@ -234,15 +239,18 @@ class Costs:
         video = self.video
         return {
             name: stage_cost(stage, video.config, video.profile_sizes(stage))
-            for name, stage in video.stages(video.limits).items()
+            for name, stage in video.engine_stages.items()
         }
 
     def activations(self, name: str, precision: Precision, target: Target) -> int:
         """Bytes that a stage computes in on a target."""
-        video, limits = self.video, self.video.limits if target.runtime else None
-        stage = video.stages(limits)[name]
-        sizes = video.profile_sizes(stage) if target.runtime else video.sizes(stage, at_most=True)
-        cost = (self.of_engines if target.runtime else self.largest)[name]
+        video = self.video
+        if target.runtime is None:
+            stage, cost = video.stages[name], self.largest[name]
+            sizes = video.sizes(stage, at_most=True)
+        else:
+            stage, cost = video.engine_stages[name], self.of_engines[name]
+            sizes = video.profile_sizes(stage)
         return activation_bytes(stage, cost, precision, target, video.config, sizes)
 
 
@@ -251,8 +259,8 @@ def make_plan(costs: Costs, target: Target, precision: Precision, memory: int | 
     hardware, video = target.hardware, costs.video
     if memory is None and hardware:
         memory = int((hardware.memory - hardware.system) * GB)
-    made, kept = [], kept_frames(video.stages().values(), video.tile_frames)
-    for name, stage in video.stages().items():
+    made, kept = [], kept_frames(video.stages.values(), video.tile_frames)
+    for name, stage in video.stages.items():
         of_stage, cost = precision.of_stage(name), costs.largest[name]
         weights = loaded = weight_bytes(cost, of_stage)
         frames, of_frame = kept.get(name, Kept(0, 0)), 2 if of_stage.half else 4

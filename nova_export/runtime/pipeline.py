@@ -178,7 +178,8 @@ class Pipeline:
 
     def latents_of(self, prepared: Prepared, callback: Callback | None = None) -> Floats:
         """Latents (B, C, L, h, w) of what was prepared, or joined."""
-        return np.stack(list(self._frames(prepared, callback)), axis=2)
+        steps = self._steps(prepared, callback)
+        return np.stack([latents for latents in steps if latents is not None], axis=2)
 
     def decode(self, latents: Floats) -> Frames:
         """Latents (B, C, L, h, w), scaled as the model makes them, to frames uint8 (B, F, H, W, 3)."""
@@ -192,12 +193,8 @@ class Pipeline:
     def _decode(self, latents: Floats, tile: Tile) -> Frames:
         return decode_tile(self._decoder, latents, tile)
 
-    def _frames(self, given: Prepared, callback: Callback | None) -> Iterator[Floats]:
-        """Latents (B, C, h, w) of each frame as it is finished."""
-        return (latents for latents in self._steps(given, callback) if latents is not None)
-
     def _steps(self, given: Prepared, callback: Callback | None) -> Iterator[Floats | None]:
-        """As `_frames`, and None after each AR step before a frame's last."""
+        """Latents (B, C, h, w) of each frame as it is finished, and None after each AR step before."""
         if given.first_frame is not None:
             yield given.first_frame
         for step in generate_latents(

@@ -159,7 +159,7 @@ def test_scores_that_are_never_held_take_nothing(config: NovaConfig) -> None:
     plans = [planned(config, target, p) for target in ("cpu", "rtx-4090") for p in ("fp32", "int8-weights")]
     whole, pieces, *engines = ({s.name: s.activations for s in plan.stages} for plan in plans)
     video = Video(config, frames=config.video_length)
-    stage = video.stages()["spatial_encoder"]
+    stage = video.stages["spatial_encoder"]
     scores = 4 * SCORES * stage_cost(stage, config, video.sizes(stage, at_most=True)).scores
     assert scores > 0 and whole["spatial_encoder"] - pieces["spatial_encoder"] == scores
     assert whole["temporal_encoder"] == pieces["temporal_encoder"]
@@ -177,11 +177,11 @@ def test_the_verdict_follows_the_memory(config: NovaConfig) -> None:
 def test_an_unrolled_head_is_called_so_often(config: NovaConfig) -> None:
     looped = Video(config, num_inference_steps=4, num_diffusion_steps=11)
     unrolled = replace(looped, head_steps=5)
-    head, whole = (video.stages()["diffusion_head"] for video in (unrolled, looped))
+    head, whole = (video.stages["diffusion_head"] for video in (unrolled, looped))
     assert unrolled.calls(head) == 3 * looped.calls(whole)
     assert unrolled.sizes(head, at_most=True)["steps"] == 5
-    assert unrolled.calls(unrolled.stages()["spatial_encoder"]) == looped.calls(
-        looped.stages()["spatial_encoder"]
+    assert unrolled.calls(unrolled.stages["spatial_encoder"]) == looped.calls(
+        looped.stages["spatial_encoder"]
     )
 
 
@@ -268,7 +268,7 @@ def test_engines_compute_in_what_tensorrt_says(
     full = NovaConfig.from_parts(**vars(resolve(name, SMALL)))
     video = Video(full, frames=frames, head_steps=head_steps)
     target, half = find(TARGETS, "rtx-40"), find(PRECISIONS, "fp16")
-    made = video.stages(video.limits)
+    made = video.engine_stages
     for stage, megabytes in said.items():
         sizes = video.profile_sizes(made[stage])
         cost = stage_cost(made[stage], full, sizes)
