@@ -56,7 +56,7 @@ def save_frames(path: str | Path, frames: Frames, fps: float = 12) -> None:
     """Write uint8 frames (F, H, W, 3) as the path's suffix says: .mp4, .gif, or .png for the first frame.
 
     The mp4 is H.264, yuv420p, BT.709, index first, so that browsers play it while it loads; an odd height or
-    width gains one row or column, a copy of the last. The gif loops for ever.
+    width gains one row or column, a copy of the last. The gif loops for ever. Equal frames make equal files.
     Raises OutputError when the file cannot be written, InputError for an array of another kind.
     """
     path = Path(path)
@@ -253,7 +253,9 @@ def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     # An absolute name: a colon in a relative one would read as a protocol.
     with av.open(str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(H264, rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
+        # No B-frames: with them x264 165 reads what it never wrote, and equal frames make unequal files
+        options = {"crf": "18", "bf": "0"}
+        stream = container.add_stream(H264, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.height, stream.width = even.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # Said in the file, or players guess the matrix from the size and colours shift.

@@ -63,6 +63,24 @@ def disk_with_room_for(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_equal_frames_make_equal_files(tmp_path: Path) -> None:
+    """Whatever the heap held before: glibc fills what it hands out. With B-frames x264 wrote other bytes."""
+    code = """if True:
+        import sys
+        import numpy as np
+        from nova_export.runtime.media import save_frames
+        for seed in range(12):
+            frames = np.random.default_rng(seed).integers(0, 256, (9, 18, 18, 3)).astype(np.uint8)
+            save_frames(f"{sys.argv[1]}/{seed}.mp4", frames)
+    """
+    for fill in ("33", "85"):
+        (tmp_path / fill).mkdir()
+        environment = {**os.environ, "MALLOC_PERTURB_": fill}
+        subprocess.run([sys.executable, "-c", code, tmp_path / fill], env=environment, check=True)
+    for file in (tmp_path / "33").iterdir():
+        assert file.read_bytes() == (tmp_path / "85" / file.name).read_bytes()
+
+
 def test_mp4_is_what_browsers_play(tmp_path: Path) -> None:
     frames = moving_square(9, 96, 160)
     path = tmp_path / "out.mp4"

@@ -187,6 +187,8 @@ class FfmpegWriter : public Writer {
                "libx264",
                "-crf",
                "18",
+               "-bf",
+               "0",
                "-pix_fmt",
                "yuv420p",
                "-colorspace",
