@@ -61,7 +61,6 @@ def plan(
     source = source or demo_checkpoint()
     bundle = Bundle.open(source) if (source / MANIFEST).is_file() else None
     config = bundle.config if bundle else NovaConfig.from_checkpoint(source)
-    chosen = find(TARGETS, target)
     video = planning.Video(
         config,
         batch,
