@@ -117,9 +117,9 @@ def adopt_engines(
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for target, stages in manifest["engines"].items():
                 for stage, entry in stages.items():
-                    named = {entry["file"]: manifest["files"][entry["file"]]}
                     if stage not in names:
                         continue
+                    named = {entry["file"]: manifest["files"][entry["file"]]}
                     if stage not in engines.get(target, {}) and adopt({"files": named}, folder, work):
                         engines.setdefault(target, {})[stage] = entry
                         files |= named

@@ -253,7 +253,7 @@ def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     # An absolute name: a colon in a relative one would read as a protocol.
     with av.open(str(path.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        # No B-frames: with them x264 165 reads what it never wrote, and equal frames make unequal files
+        # No B-frames: with them x264 165 reads what it never wrote, and equal frames make unequal files.
         options = {"crf": "18", "bf": "0"}
         stream = container.add_stream(H264, rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.height, stream.width = even.shape[1:3]

@@ -17,6 +17,7 @@ from nova_export.engine.compiler import Compiled, CompileJob, compile_engine
 from nova_export.export.precision import change_precision
 from nova_export.export.quantization import FloatSource, quantize_stage
 from nova_export.lean_stages import is_piece
+from nova_export.spec import Stage
 from nova_export.stages import Limits
 from nova_export.targets import ENCODERS, HEAD_STEPS, PRECISIONS, TARGETS, find
 from tests.command_line import nova_export
@@ -50,12 +51,18 @@ def fused_stages(name: str) -> set[str]:
     return {"text_encoder", "spatial_encoder"} | ({"temporal_encoder"} if name in ("t2v", "demo") else set())
 
 
-def check_fp16(engine: EngineEntry | Compiled, data: int) -> None:
+def compiled(spec: Stage, graph: Path) -> Compiled:
+    """The engine of a graph, beside it."""
+    job = CompileJob("tensorrt-rtx", str(graph), str(graph.with_suffix(".engine")), profile(spec), "8.9")
+    return compile_engine(job)
+
+
+def check_fp16(stage: str, engine: EngineEntry | Compiled, data: int) -> None:
     """Weights are held once, in 16 bits; attention is as the engine says. data: bytes of the weights."""
     layers = [layer for layer in engine.layers if layer["kind"] == "attention"]
-    assert layers or engine.attention != "fused"
-    assert all("Half" in layer["inputs"] and "Float" not in layer["inputs"] for layer in layers)
-    assert engine.weight_bytes is not None and engine.weight_bytes < 1.2 * data + 50_000
+    assert layers or engine.attention != "fused", stage
+    assert all("Half" in layer["inputs"] and "Float" not in layer["inputs"] for layer in layers), stage
+    assert engine.weight_bytes is not None and engine.weight_bytes < 1.2 * data + 50_000, stage
 
 
 @pytest.mark.parametrize("name", ["t2v", *(pytest.param(each, marks=HEAVY) for each in OTHERS)])
@@ -65,7 +72,7 @@ def test_every_stage_in_fp16(name: str, tmp_path: Path) -> None:
     assert engines.keys() == bundle.stages.keys()
     assert {engines[stage].attention for stage in fused_stages(name)} == {"fused"}
     for stage, engine in engines.items():
-        check_fp16(engine, data_bytes(bundle, stage))
+        check_fp16(stage, engine, data_bytes(bundle, stage))
     head = engines["diffusion_head"].spec.axis("steps")
     assert (head.min, head.max) == (HEAD_STEPS, HEAD_STEPS)  # unrolled, so that CUDA graphs can hold it
 
@@ -79,11 +86,9 @@ def test_every_graph_in_fp16(golden_bundle: Callable[[str], Path], tmp_path: Pat
         for file in bundle.stages[stage].files:
             shutil.copy(bundle.path(file), tmp_path)
         change_precision(spec, graph, find(PRECISIONS, "fp16"), target, [])
-        engine = compile_engine(
-            CompileJob("tensorrt-rtx", str(graph), str(tmp_path / stage), profile(spec), "8.9")
-        )
-        check_fp16(engine, graph.with_name(f"{graph.name}.data").stat().st_size)
-        assert engine.attention == "fused" or stage not in fused_stages(name)
+        engine = compiled(spec, graph)
+        check_fp16(stage, engine, graph.with_name(f"{graph.name}.data").stat().st_size)
+        assert engine.attention == "fused" or stage not in fused_stages(name), stage
 
 
 @HEAVY
@@ -108,8 +113,7 @@ def test_transformers_in_int8(golden_bundle: Callable[[str], Path], tmp_path: Pa
     for stage in ENCODERS:
         graph = tmp_path / f"{stage}.onnx"
         quantize_stage(source, stage, graph, find(PRECISIONS, "int8"), find(TARGETS, "rtx-40"))
-        job = CompileJob("tensorrt-rtx", str(graph), str(tmp_path / stage), profile(specs[stage]), "8.9")
-        engine = compile_engine(job)
+        engine = compiled(specs[stage], graph)
         products = [layer for layer in engine.layers if layer["kind"] == "gemm"]
         assert [layer for layer in products if layer["inputs"] == "Int8" and "Int8" in layer["weights"]], (
             stage
