@@ -116,7 +116,7 @@ clean:
 	find calibration nova_export reference_model tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 demo/demo.mp4: demo/bundle/manifest.json
-	$(BIN)/nova-export run "$(DEMO_PROMPT)" --bundle demo/bundle --seed 1 -o $@
+	$(BIN)/nova-export run "$(DEMO_PROMPT)" --bundle demo/bundle --seed 3 -o $@
 
 demo/bundle/manifest.json: $(VENV)/export.stamp $(SOURCES) $(wildcard $(DEMO_CHECKPOINT)/*/*)
 	@mkdir -p demo

@@ -20,14 +20,23 @@ import numpy as np
 import nova_export
 from nova_export.demo import demo_checkpoint
 from nova_export.evaluation.metrics import psnr
-from nova_export.evaluation.scene import DIRECTIONS, MOTIONS, Scene, held_out
+from nova_export.evaluation.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    held_out,
+)
 from nova_export.evaluation.shapes_eval import BATCH, SEEN, judge, prompt_list
 from nova_export.evaluation.vision import look
 from nova_export.runtime.media import save_frames
 from nova_export.runtime.pipeline import Pipeline
-from reference_model.demo.data import Clip, sample_clip
+from reference_model.demo.data import Clip, draw, sample_clip, sample_track
 
 OBJECT = ("objects", "colour", "shape", "background")  # what a given image fixes
+COLOURED = [colour for colour in COLOURS if colour not in BACKGROUNDS]
 SLOW, FAST = 3.5, 6.5  # hundredths of the width per frame; training has 3.3 to 7
 
 
@@ -42,6 +51,7 @@ def main(bundle: Path, json_file: Path | None, strips: Path | None, count: int) 
     with nova_export.load(bundle) as pipe:
         results = {
             "autoencoder": round_trip(),
+            "outlines_after_a_round_trip": outlines(count),
             "motion_flow": motion_flow(pipe, count, rows),
             "image_to_video": image_to_video(pipe, count, rows),
             "twice_the_length": longer(pipe, count, rows),
@@ -62,25 +72,46 @@ def main(bundle: Path, json_file: Path | None, strips: Path | None, count: int) 
 
 def round_trip() -> dict[str, float]:
     """PSNR of held-out clips through encoder (mean of the posterior) and decoder, in float32."""
-    import torch
+    vae, rng = _autoencoder(), np.random.default_rng(0)
+    values: dict[str, list[float]] = {"psnr": [], "psnr_first_frame_alone": []}
+    for combination in sorted(held_out()) * 3:
+        clip = sample_clip(rng, combination).frames
+        for name, moments in zip(values, (vae.moments, vae.clip_moments), strict=True):
+            error = ((_decoded(vae, clip, moments).astype(np.float64) - clip) ** 2).mean()
+            values[name].append(10 * np.log10(255**2 / error))
+    return {name: float(np.mean(each)) for name, each in values.items()}
 
+
+def outlines(count: int) -> dict[str, float]:
+    """Of `count` true clips of a shape before a ground, the share whose outline a round trip keeps."""
+    vae, shares = _autoencoder(), {}
+    for ground in BACKGROUNDS:
+        for shape in SHAPES:
+            rng, kept = np.random.default_rng(6), []
+            for i in range(count):
+                motion, colour = MOTIONS[i % 7], COLOURED[(i + i // 7) % 7]  # there are seven of each
+                scene = Scene(((colour, shape),), motion, ground)
+                frames = draw(scene, [sample_track(rng, motion)])
+                kept.append(judge(scene, _decoded(vae, frames, vae.clip_moments))["shape"])
+            shares[f"{shape}_before_{ground}"] = float(np.mean(kept))
+    return shares
+
+
+def _autoencoder() -> Any:
     from reference_model.demo.store import read_weights
-    from reference_model.demo.train_vae import to_pixels
     from reference_model.demo.vae import Vae
 
-    vae = Vae().eval()
+    vae = Vae().eval().requires_grad_(False)
     vae.load_state(read_weights(demo_checkpoint(), "vae"))
-    rng = np.random.default_rng(0)
-    values: dict[str, list[float]] = {"psnr": [], "psnr_first_frame_alone": []}
-    with torch.no_grad():
-        for combination in sorted(held_out()) * 3:
-            clip = sample_clip(rng, combination).frames
-            for name, moments in zip(values, (vae.moments, vae.clip_moments), strict=True):
-                pixels = vae.decode(moments(to_pixels([clip]))[0])[0].permute(1, 2, 3, 0).numpy()
-                decoded = np.clip(pixels * 127.5 + 127.5, 0, 255).astype(np.uint8)
-                error = ((decoded.astype(np.float64) - clip) ** 2).mean()
-                values[name].append(10 * np.log10(255**2 / error))
-    return {name: float(np.mean(each)) for name, each in values.items()}
+    return vae
+
+
+def _decoded(vae: Any, clip: np.ndarray, moments: Any) -> np.ndarray:
+    """uint8 (F, H, W, 3) through encoder and decoder, the same form."""
+    from reference_model.demo.train_vae import to_pixels
+
+    pixels = vae.decode(moments(to_pixels([clip]))[0])[0].permute(1, 2, 3, 0).numpy()
+    return np.clip(pixels * 127.5 + 127.5, 0, 255).astype(np.uint8)
 
 
 def motion_flow(pipe: Pipeline, count: int, rows: list[np.ndarray]) -> dict[str, float]:

@@ -260,6 +260,33 @@ def test_convolutions_of_single_frames_are_those_of_clips(kernel, stride: int, f
         assert torch.allclose(conv(x), nn.Conv3d.forward(conv, padded), atol=1e-5)
 
 
+def test_noise_on_latents_grows_with_them_where_the_encoder_learns() -> None:
+    """Channels of deviations 1 and 10; the share of the noise is uniform in 0 .. 0.2."""
+    torch.manual_seed(0)
+    mean = torch.randn(500, 2, 1, 8, 8) * torch.tensor([1.0, 10]).view(1, 2, 1, 1, 1)
+    silent = torch.full_like(mean, -30)
+    deviations = {
+        only: (train_vae.noisy(mean, silent, Phase(9, 4, 1, 1e-3, only, latent_noise=0.2)) - mean)
+        .square()
+        .mean((0, 2, 3, 4))
+        .sqrt()
+        .tolist()
+        for only in ("", "decode_stage")
+    }
+    expected = 0.2 / 3**0.5
+    assert deviations[""] == pytest.approx([expected, 10 * expected], rel=0.1)
+    assert deviations["decode_stage"] == pytest.approx([expected, expected], rel=0.1)
+
+
+def test_brighter_than_white_is_white_to_the_loss() -> None:
+    pixels = torch.tensor([1.0, 1, 1, -1, -1, -1, 0.5, 0.5])
+    decoded = torch.tensor([1.5, 0.9, -2, -1.5, -0.9, 2, 1.5, -1.5], requires_grad=True)
+    shown = train_vae.shown(decoded, pixels)
+    assert shown.tolist() == pytest.approx([1, 0.9, -2, -1, -0.9, 2, 1.5, -1.5])
+    shown.sum().backward()
+    assert decoded.grad is not None and decoded.grad.tolist() == [0, 1, 1, 0, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("weight", [1.0, 12.0])
 def test_clips_before_other_backgrounds_are_drawn_oftener(weight: float) -> None:
     """A third of them is not before black: w / (w + 2) with a weight of w."""

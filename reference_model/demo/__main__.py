@@ -34,25 +34,25 @@ from reference_model.small_tokenizer import write_tokenizer
 def main(work: Path, out: Path, start: Path | None) -> None:
     """Train autoencoder and transformer, and write the checkpoint. A run that was stopped goes on.
 
-    With --start, a transformer is trained on only if its autoencoder has no phase left: other latents need
-    another transformer.
+    With --start, a transformer is trained on only if the first phases of its autoencoder are done: latents
+    hardly change in the later ones, but entirely in those.
     """
     work.mkdir(parents=True, exist_ok=True)
-    before = {"vae": [], "decoder": [], "nova": [], **(read_runs(start) if start else {})}
+    before = {"vae": [], "vae_later": [], "nova": [], **(read_runs(start) if start else {})}
     device, tokenizer = best_device(), _tokenizer(work)
     torch.manual_seed(SEED)
     vae = Vae().to(device)
     if start:
         vae.load_state(read_weights(start, "vae"))
-    same_latents = len(before["vae"]) == len(train_vae.PHASES)
-    if not same_latents:
-        before |= {"decoder": [], "nova": []}
+    near_latents = len(before["vae"]) == len(train_vae.PHASES)
+    if not near_latents:
+        before |= {"vae_later": [], "nova": []}
         train_vae.train_vae(vae, work / "vae", SEED, done=len(before["vae"]))
         train_vae.even_latents(vae, SEED)
-    decoding = train_vae.DECODER_PHASES
-    if len(before["decoder"]) < len(decoding):
-        vae.compile_decoder()
-    train_vae.train_vae(vae, work / "decoder", SEED, decoding, done=len(before["decoder"]))
+    later = train_vae.LATER_PHASES
+    if len(before["vae_later"]) < len(later):
+        vae.compile_stages()
+    train_vae.train_vae(vae, work / "vae_later", SEED, later, done=len(before["vae_later"]))
 
     images = make_latents(vae, tokenizer, work / "images.safetensors", SEED, train_nova.IMAGES, 1)
     clips = make_latents(vae, tokenizer, work / "clips.safetensors", SEED, train_nova.CLIPS, LATENT_FRAMES)
@@ -60,7 +60,7 @@ def main(work: Path, out: Path, start: Path | None) -> None:
     torch.manual_seed(SEED)
     nova = Nova(config, alpha_bars()).to(device)
     nova.begin_even(clips.latents[:2000].to(device))
-    if start and same_latents:
+    if start and near_latents:
         nova.load_parts({part: read_weights(start, part) for part in ("transformer", "text_encoder")})
     nova.compile_blocks()
     train_nova.train_nova(nova, work / "nova", images, clips, SEED, done=len(before["nova"]))

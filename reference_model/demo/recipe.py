@@ -27,7 +27,7 @@ def recipe() -> dict[str, Any]:
         "vae": {
             "config": VAE_CONFIG,
             "phases": [asdict(phase) for phase in train_vae.PHASES],
-            "decoder_phases": [asdict(phase) for phase in train_vae.DECODER_PHASES],
+            "later_phases": [asdict(phase) for phase in train_vae.LATER_PHASES],
             "kl_weight": train_vae.KL_WEIGHT,
         },
         "nova": {

@@ -19,11 +19,15 @@ from reference_model.demo.vae import Vae, inflate
 
 # Single images first, which cost a ninth of a clip and teach nearly everything.
 PHASES = (Phase(1, 12, 1400, 4e-4), Phase(5, 4, 500, 4e-4), Phase(9, 4, 300, 3e-4), Phase(9, 4, 600, 3e-4))
-# Afterwards, as latents stay what they are then: sharper edges, on which the outline of a small cross hangs.
-DECODER_PHASES = (
+# Afterwards: sharper edges, on which the outline of a small cross hangs. First by the decoder alone, under
+# which latents stay what they are; then, gently, by the whole, as the encoder knew little of light grounds.
+LATER_PHASES = (
     Phase(9, 4, 300, 1e-4, only="decode_stage", cross_weight=2.5),
     Phase(9, 4, 3500, 2e-4, only="decode_stage", cross_weight=2.5, latent_noise=0.3),
     Phase(9, 4, 2400, 1.5e-4, only="decode_stage", cross_weight=2.5, lit_weight=3.0, latent_noise=0.3),
+    Phase(5, 4, 700, 5e-5, cross_weight=2.5, lit_weight=3.0, latent_noise=0.3),
+    Phase(9, 4, 800, 5e-5, cross_weight=2.5, lit_weight=3.0, white_weight=2.0, latent_noise=0.2),
+    Phase(9, 4, 1250, 5e-5, cross_weight=2.5, lit_weight=3.0, white_weight=2.0, latent_noise=0.2),
 )
 KL_WEIGHT = 1e-4  # of the mean over latent elements
 
@@ -45,9 +49,7 @@ def train_vae(vae: Vae, folder: Path, seed: int, phases: Sequence[Phase] = PHASE
                     pairs = zip(split, (mean, logvar), strict=True)
                     mean, logvar = (torch.cat([s, m[1::2]]) for s, m in pairs)
                     pixels = torch.cat([pixels[::2], pixels[1::2]])
-            more = phase.latent_noise * torch.rand(len(mean), 1, 1, 1, 1, device=device)
-            noise = (logvar.exp() + more.square()).sqrt() * torch.randn_like(mean)
-            decoded = vae.decode(mean + noise)
+            decoded = shown(vae.decode(noisy(mean, logvar, phase)), pixels)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         beta = 0.05 if phase.frames > 1 else 0.0  # where nearly right, signs of errors are bfloat16's
         l1, mse = F.smooth_l1_loss(decoded, pixels, beta=beta), F.mse_loss(decoded, pixels)
@@ -108,6 +110,23 @@ def _batch(rng: np.random.Generator, phase: Phase) -> Tensor:
         return clip if weight == most or rng.random() * most < weight else sample(index)
 
     return to_pixels([sample(index).frames[: phase.frames] for index in range(phase.batch)])
+
+
+def noisy(mean: Tensor, logvar: Tensor, phase: Phase) -> Tensor:
+    """Latents from the posterior, with the phase's noise, of which each clip has another share."""
+    more = phase.latent_noise * torch.rand(len(mean), 1, 1, 1, 1, device=mean.device)
+    if not phase.only:  # or an encoder would outgrow the noise
+        more = more * mean.std((0, 2, 3, 4), keepdim=True)
+    return mean + (logvar.exp() + more.square()).sqrt() * torch.randn_like(mean)
+
+
+def shown(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """`decoded`, but 1 where it is above white, and -1 where it is below black: frames are cut off there.
+
+    Elsewhere it stays, so that a wrong value has a gradient however far off it is.
+    """
+    bright, dark = decoded.clamp(max=1), decoded.clamp(min=-1)
+    return torch.where(pixels >= 1, bright, torch.where(pixels <= -1, dark, decoded))
 
 
 def to_pixels(clips: list[Any]) -> Tensor:

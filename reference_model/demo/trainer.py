@@ -38,7 +38,7 @@ class Phase:
     lit_weight: the same of a sample before another background than black, which most prompts leave it at.
     white_weight: the same of a sample before white, beside lit_weight.
     latent_noise: greatest deviation of noise on the latents of a clip, for a decoder that takes a
-    transformer's errors.
+    transformer's errors; in units of the latents' own deviation where the encoder is trained too.
     """
 
     frames: int

@@ -93,9 +93,10 @@ class Vae(nn.Module):
         after.bias += weight @ mean
         after.weight.copy_((weight @ transform.inverse()).view_as(after.weight))
 
-    def compile_decoder(self) -> None:
-        """Makes its training 1.3 times as fast, once compiled."""
-        self.decode_stage.compile(dynamic=False)
+    def compile_stages(self) -> None:
+        """Makes the decoder's training 1.3 times as fast, once compiled."""
+        for stage in (self.encode_stage, self.decode_stage):
+            stage.compile(dynamic=False)
 
     def state(self) -> dict[str, Tensor]:
         """Weights by their names in a checkpoint."""
