@@ -48,10 +48,11 @@ SLOW, FAST = 3.5, 6.5  # hundredths of the width per frame; training has 3.3 to 
 def main(bundle: Path, json_file: Path | None, strips: Path | None, count: int) -> None:
     """Measure, print, and write."""
     rows: list[np.ndarray] = []
+    vae = _autoencoder()
     with nova_export.load(bundle) as pipe:
         results = {
-            "autoencoder": round_trip(),
-            "outlines_after_a_round_trip": outlines(count),
+            "autoencoder": round_trip(vae),
+            "outlines_after_a_round_trip": outlines(vae, count),
             "motion_flow": motion_flow(pipe, count, rows),
             "image_to_video": image_to_video(pipe, count, rows),
             "twice_the_length": longer(pipe, count, rows),
@@ -70,9 +71,9 @@ def main(bundle: Path, json_file: Path | None, strips: Path | None, count: int) 
         save_frames(strips, np.concatenate(padded)[None])
 
 
-def round_trip() -> dict[str, float]:
+def round_trip(vae: Any) -> dict[str, float]:
     """PSNR of held-out clips through encoder (mean of the posterior) and decoder, in float32."""
-    vae, rng = _autoencoder(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     values: dict[str, list[float]] = {"psnr": [], "psnr_first_frame_alone": []}
     for combination in sorted(held_out()) * 3:
         clip = sample_clip(rng, combination).frames
@@ -82,9 +83,9 @@ def round_trip() -> dict[str, float]:
     return {name: float(np.mean(each)) for name, each in values.items()}
 
 
-def outlines(count: int) -> dict[str, float]:
+def outlines(vae: Any, count: int) -> dict[str, float]:
     """Of `count` true clips of a shape before a ground, the share whose outline a round trip keeps."""
-    vae, shares = _autoencoder(), {}
+    shares = {}
     for ground in BACKGROUNDS:
         for shape in SHAPES:
             rng, kept = np.random.default_rng(6), []
