@@ -96,6 +96,10 @@ PHASES = (
         LATENT_FRAMES, 64, 4200, 1e-3, muon=True, most_snr=10.0,
         cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
     ),
+    Phase(
+        LATENT_FRAMES, 64, 4200, 1e-3, muon=True, most_snr=10.0,
+        cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
+    ),
 )  # fmt: skip
 
 

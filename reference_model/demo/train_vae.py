@@ -28,6 +28,7 @@ LATER_PHASES = (
     Phase(5, 4, 700, 5e-5, cross_weight=2.5, lit_weight=3.0, latent_noise=0.3),
     Phase(9, 4, 800, 5e-5, cross_weight=2.5, lit_weight=3.0, white_weight=2.0, latent_noise=0.2),
     Phase(9, 4, 1250, 5e-5, cross_weight=2.5, lit_weight=3.0, white_weight=2.0, latent_noise=0.2),
+    Phase(9, 4, 1600, 8e-5, cross_weight=2.5, lit_weight=3.0, white_weight=2.0, latent_noise=0.2),
 )
 KL_WEIGHT = 1e-4  # of the mean over latent elements
 
