@@ -92,14 +92,11 @@ PHASES = (
         LATENT_FRAMES, 64, 6500, 1e-3, muon=True, most_snr=10.0,
         cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
     ),
-    Phase(
+    # After each of the autoencoder's last two phases, on latents made anew.
+    *2 * (Phase(
         LATENT_FRAMES, 64, 4200, 1e-3, muon=True, most_snr=10.0,
         cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
-    ),
-    Phase(
-        LATENT_FRAMES, 64, 4200, 1e-3, muon=True, most_snr=10.0,
-        cross_weight=2.5, lit_weight=2.5, white_weight=2.0,
-    ),
+    ),),
 )  # fmt: skip
 
 
