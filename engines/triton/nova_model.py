@@ -170,8 +170,9 @@ class Metrics:
         self._untold["nova_frames", ""] += count
 
     def running(self, requests: int) -> None:
-        self._of("nova_running", "").set(requests)
+        """The gauge last: where it says 0, all that ran has been told."""
         self.tell()
+        self._of("nova_running", "").set(requests)
 
     def tell(self) -> None:
         for key, value in self._untold.items():

@@ -11,7 +11,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,15 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TRITON = ROOT / ".triton" / "server" / "pytriton" / "tritonserver"
 READY_SECONDS = 60
+PATIENCE = 60.0
+RUNNING = 'nova_running{model="nova"}'
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,11 @@ class Server:
         text = urllib.request.urlopen(f"http://{self.metrics_url}/metrics", timeout=5).read().decode()
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    def settled_metrics(self) -> dict[str, float]:
+        """When no loop runs: what a loop did is told after its last answer."""
+        wait_until(lambda: self.metrics().get(RUNNING, 0) == 0)
+        return self.metrics()
 
     def stubs(self) -> list[int]:
         """Process ids of the python backend's processes, one an instance of a model."""

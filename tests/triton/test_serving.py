@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,12 @@ from nova_export import Pipeline
 from nova_export.errors import Cancelled, ServerError
 from tests.command_line import nova_export
 from tests.triton.conftest import BUNDLE
-from tests.triton.server import Server, triton
+from tests.triton.server import PATIENCE, RUNNING, Server, triton, wait_until
 
 pytestmark = pytest.mark.triton
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "num_diffusion_steps": 2}
 LONG: dict[str, Any] = {"prompt": "a red circle", "num_diffusion_steps": 1000}  # seconds, of AR steps alone
-PATIENCE = 60.0
 PENDING = 'nv_inference_pending_request_count{model="nova",version="1"}'
 
 
@@ -43,13 +42,6 @@ def answers(server: Server, **arguments: Any) -> list[Answer]:
 def frames_of(found: list[Answer]) -> np.ndarray:
     """(B, F, H, W, 3)"""
     return np.stack([answer.frame for answer in found if answer.frame is not None], axis=1)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # Answers
@@ -104,7 +96,7 @@ def test_a_seed_that_was_drawn_is_told(server: Server) -> None:
 
 def test_32_at_once_get_what_each_would_alone(server: Server, pipe: Pipeline) -> None:
     """Of two forms, so that they do not all go together; they do share loops."""
-    before = server.metrics()
+    before = server.settled_metrics()
     asked = [
         {"prompt": f"a {index} x", "seed": index, **SMALL, "num_diffusion_steps": 2 + index % 2}
         for index in range(32)
@@ -115,12 +107,9 @@ def test_32_at_once_get_what_each_would_alone(server: Server, pipe: Pipeline) ->
         np.testing.assert_array_equal(frames, pipe(**arguments).frames)
     done = 'nova_requests{model="nova",result="done"}'
     calls = 'nova_stage_calls{model="nova",stage="diffusion_head"}'
-    wait_until(
-        lambda: server.metrics().get(done, 0) - before.get(done, 0) == 32
-    )  # told after the last answer
-    after = server.metrics()
+    after = server.settled_metrics()
+    assert after[done] - before.get(done, 0) == 32
     assert 0 < after[calls] - before.get(calls, 0) < 32 * 2, "no two shared a loop"
-    assert after['nova_running{model="nova"}'] == 0
     assert after['nova_stage_seconds{model="nova",stage="vae_decoder"}'] > 0
 
 
@@ -133,7 +122,7 @@ def test_cancelling_frees_the_slot(server: Server) -> None:
     answers(server, **LONG)
     whole = time.monotonic() - whole
     cancelled = 'nova_requests{model="nova",result="cancelled"}'
-    before = server.metrics().get(cancelled, 0)
+    before = server.settled_metrics().get(cancelled, 0)
     running = stream(server.url, report_progress=True, timeout=PATIENCE, **LONG)
     next(running)
     started = time.monotonic()
@@ -288,7 +277,7 @@ def test_a_killed_process_and_recovery(own_server: Server) -> None:
 
     with ThreadPoolExecutor(12) as clients:
         running = [clients.submit(one, index) for index in range(12)]
-        wait_until(lambda: own_server.metrics().get('nova_running{model="nova"}', 0) > 0)
+        wait_until(lambda: own_server.metrics().get(RUNNING, 0) > 0)
         os.kill(own_server.stubs()[0], signal.SIGKILL)
         killed = time.monotonic()
         for each in running:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from engines.triton.web.serve import web_server
 from nova_export import Pipeline
-from tests.triton.server import Server
+from tests.triton.server import PATIENCE, Server, wait_until
 
 pytestmark = pytest.mark.triton
 
@@ -26,7 +26,6 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1000,900"
 )
-PATIENCE = 60
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +89,13 @@ def test_a_person_sees_the_frames_of_the_prompt(
 
 def test_stopping_stops_the_server(address: str, browser: Any, server: Server) -> None:
     cancelled = 'nova_requests{model="nova",result="cancelled"}'
-    before = server.metrics().get(cancelled, 0)
+    before = server.settled_metrics().get(cancelled, 0)
     browser.get(address)
     fill(browser, prompt="x", max_latent_length="13", num_diffusion_steps="200")
     browser.find_element("id", "start").click()
     wait_for(browser, "working")
     browser.find_element("id", "stop").click()
     assert wait_for(browser, "done").startswith("Stopped")
-    from tests.triton.test_serving import wait_until
-
     wait_until(lambda: server.metrics().get(cancelled, 0) == before + 1)
 
 
